@@ -1,0 +1,242 @@
+//! What an AWS error means for us.
+//!
+//! Every call goes through [`failure`], so that each log line about AWS reads the same: the operation
+//! by its IAM name, what AWS said, and what to do where we know it.
+
+use std::{error::Error, fmt, time::Duration};
+
+use aws_credential_types::provider::error::CredentialsError;
+use aws_smithy_runtime_api::client::{orchestrator::HttpResponse, result::SdkError};
+use aws_smithy_types::error::metadata::ProvideErrorMetadata;
+use aws_smithy_types::{event_stream::RawMessage, timeout::TimeoutConfig};
+
+/// An AWS call that did not succeed.
+#[derive(Debug, Clone)]
+pub struct AwsError {
+    operation: &'static str,
+    kind: AwsErrorKind,
+    said: String,
+}
+
+/// Why an AWS call did not succeed, as far as a caller would act on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AwsErrorKind {
+    /// Too many calls or bytes: wait and call again.
+    Throttled,
+    /// The credentials do not allow the operation.
+    Denied,
+    /// There are no credentials, or AWS does not accept them.
+    Credentials,
+    /// The stream, shard, consumer or table does not exist.
+    NotFound,
+    /// It exists already, or is busy.
+    InUse,
+    /// A quota is used up.
+    Quota,
+    /// The shard iterator is older than five minutes.
+    ExpiredIterator,
+    /// A conditional write found another state than expected.
+    Condition,
+    /// The server does not know the operation.
+    UnknownOperation,
+    /// No connection, or no answer in time.
+    Unreachable,
+    /// The server failed.
+    Server,
+    /// AWS refused the call for another reason.
+    Refused,
+}
+
+impl AwsError {
+    /// Why it did not succeed.
+    pub fn kind(&self) -> AwsErrorKind {
+        self.kind
+    }
+
+    /// Whether the same call may succeed later without anyone doing anything.
+    pub fn is_transient(&self) -> bool {
+        use AwsErrorKind::*;
+        matches!(self.kind, Throttled | InUse | Unreachable | Server)
+    }
+}
+
+impl fmt::Display for AwsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { operation, kind, said } = self;
+        match kind {
+            AwsErrorKind::Throttled => write!(f, "{operation} was throttled: {said}"),
+            AwsErrorKind::Denied => {
+                write!(f, "{operation} is not allowed: {said}; grant the IAM action {operation}")
+            }
+            AwsErrorKind::Credentials => write!(
+                f,
+                "{operation} has no usable AWS credentials: {said}; set AWS_PROFILE or \
+                 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role"
+            ),
+            AwsErrorKind::Unreachable => write!(f, "{operation} got no answer: {said}"),
+            AwsErrorKind::UnknownOperation => {
+                write!(f, "the server does not know {operation}: {said}")
+            }
+            _ => write!(f, "{operation} failed: {said}"),
+        }
+    }
+}
+
+impl Error for AwsError {}
+
+/// Reads an SDK error. `operation` is the IAM action, such as `kinesis:GetRecords`.
+pub(crate) fn failure<E>(operation: &'static str, error: SdkError<E, HttpResponse>) -> AwsError
+where
+    E: ProvideErrorMetadata + Error + 'static,
+{
+    let SdkError::ServiceError(service) = &error else { return unanswered(operation, &error) };
+    let http = service.raw();
+    let status = http.status();
+    let html = http.headers().get("content-type").is_some_and(|kind| kind.contains("text/html"));
+    let kind = match service.err().code() {
+        // AWS answers in JSON. A page of HTML comes from a server that has no such operation.
+        _ if html => AwsErrorKind::UnknownOperation,
+        Some(code) => match kind_of(code) {
+            AwsErrorKind::Refused if status.is_server_error() => AwsErrorKind::Server,
+            kind => kind,
+        },
+        None => AwsErrorKind::Server,
+    };
+    AwsError { operation, kind, said: said(service.err(), &format!("HTTP status {status}")) }
+}
+
+/// Reads an error that arrived within an event stream.
+pub(crate) fn stream_failure<E>(operation: &'static str, error: SdkError<E, RawMessage>) -> AwsError
+where
+    E: ProvideErrorMetadata + Error + 'static,
+{
+    let SdkError::ServiceError(service) = &error else { return unanswered(operation, &error) };
+    let kind = service.err().code().map_or(AwsErrorKind::Server, kind_of);
+    AwsError { operation, kind, said: said(service.err(), "an error without a code") }
+}
+
+fn said(error: &impl ProvideErrorMetadata, otherwise: &str) -> String {
+    match (error.code(), error.message()) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        (Some(code), None) => code.to_owned(),
+        (None, _) => otherwise.to_owned(),
+    }
+}
+
+/// The call did not reach the server, or its answer did not reach us.
+fn unanswered(operation: &'static str, error: &(dyn Error + 'static)) -> AwsError {
+    let kind = if causes(error).any(|cause| cause.is::<CredentialsError>()) {
+        AwsErrorKind::Credentials
+    } else {
+        AwsErrorKind::Unreachable
+    };
+    AwsError { operation, kind, said: told(error) }
+}
+
+fn kind_of(code: &str) -> AwsErrorKind {
+    match code {
+        "ProvisionedThroughputExceededException"
+        | "Throttling"
+        | "ThrottlingException"
+        | "ThrottledException"
+        | "RequestLimitExceeded"
+        | "TooManyRequestsException"
+        | "SlowDown"
+        | "KMSThrottlingException" => AwsErrorKind::Throttled,
+        "AccessDeniedException" | "AccessDenied" | "KMSAccessDeniedException" => {
+            AwsErrorKind::Denied
+        }
+        "UnrecognizedClientException"
+        | "InvalidClientTokenId"
+        | "InvalidSignatureException"
+        | "IncompleteSignatureException"
+        | "IncompleteSignature"
+        | "MissingAuthenticationToken"
+        | "MissingAuthenticationTokenException"
+        | "SignatureDoesNotMatch"
+        | "ExpiredToken"
+        | "ExpiredTokenException" => AwsErrorKind::Credentials,
+        "ResourceNotFoundException" => AwsErrorKind::NotFound,
+        "ResourceInUseException" => AwsErrorKind::InUse,
+        "LimitExceededException" => AwsErrorKind::Quota,
+        "ExpiredIteratorException" => AwsErrorKind::ExpiredIterator,
+        "ConditionalCheckFailedException" => AwsErrorKind::Condition,
+        "UnknownOperationException" | "InvalidAction" | "NotImplemented" => {
+            AwsErrorKind::UnknownOperation
+        }
+        "InternalFailure"
+        | "InternalFailureException"
+        | "InternalServerError"
+        | "ServiceUnavailable"
+        | "ServiceUnavailableException" => AwsErrorKind::Server,
+        _ => AwsErrorKind::Refused,
+    }
+}
+
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    let mut next = Some(error);
+    std::iter::from_fn(move || {
+        let error = next?;
+        next = error.source();
+        Some(error)
+    })
+}
+
+/// The causes of an error, outermost first, without those that only repeat their own cause.
+fn told(error: &(dyn Error + 'static)) -> String {
+    let texts: Vec<String> = causes(error).map(ToString::to_string).collect();
+    let mut told: Vec<&str> = Vec::new();
+    for (n, text) in texts.iter().enumerate() {
+        let repeats = texts[n + 1..].iter().any(|deeper| text.contains(deeper.as_str()));
+        if !repeats && !told.contains(&text.as_str()) {
+            told.push(text);
+        }
+    }
+    told.join(": ")
+}
+
+/// Limits for calls that answer at once or not at all. (Kinesalite never answers some of them.)
+pub(crate) fn call_timeouts() -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(Duration::from_secs(3))
+        .operation_attempt_timeout(Duration::from_secs(10))
+        .build()
+}
+
+/// A time as the SDK writes it.
+pub(crate) fn sdk_time(at: jiff::Timestamp) -> aws_smithy_types::DateTime {
+    let nanos = at.as_nanosecond();
+    let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
+    aws_smithy_types::DateTime::from_secs_and_nanos(seconds as i64, nanos as u32)
+}
+
+/// A time as the SDK read it; `None` outside the years that exist.
+pub(crate) fn time_from_sdk(at: &aws_smithy_types::DateTime) -> Option<jiff::Timestamp> {
+    jiff::Timestamp::new(at.secs(), at.subsec_nanos() as i32).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Layer(&'static str, #[source] Option<Box<Layer>>);
+
+    #[test]
+    fn causes_that_only_repeat_their_own_cause_are_left_out() {
+        let refused = Layer("connection refused", None);
+        let tcp = Layer("tcp connect: connection refused", Some(refused.into()));
+        let dispatch = Layer("dispatch failure", Some(tcp.into()));
+        assert_eq!(told(&dispatch), "dispatch failure: connection refused");
+    }
+
+    #[test]
+    fn times_survive_the_way_to_the_sdk_and_back() {
+        for text in ["2025-03-09T07:00:00.123456789Z", "1969-12-31T23:59:59.5Z"] {
+            let at: jiff::Timestamp = text.parse().expect("a time");
+            assert_eq!(time_from_sdk(&sdk_time(at)), Some(at));
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! One model of settings: the flags. The environment and the config file name the same ones.
+//!
+//! The flags are defined once, for clap. From their long names follow the variables (`--lease-table`:
+//! `TRAMLINE_LEASE_TABLE`) and the keys (`lease-table`). Clap knows flags and environment; the file's
+//! values go in as defaults, so they are parsed, checked and overridden like any other.
+
+use std::{collections::BTreeMap, ffi::OsString, path::Path};
+
+use clap::{
+    Command, CommandFactory as _, Error, FromArgMatches as _,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+use serde_json::{Map, Value};
+
+use super::Cli;
+
+const PREFIX: &str = "TRAMLINE_";
+
+/// Variables that the RFC's producer read: the flag each one sets.
+const RFC_VARIABLES: [(&str, &str); 2] = [("LISTEN_PORT", "listen"), ("KINESIS_STREAM", "stream")];
+
+pub(super) struct Parsed {
+    pub cli: Cli,
+    pub warnings: Vec<String>,
+}
+
+/// The environment as text; what is not UTF-8 can be no setting of ours.
+pub(super) fn process_environment() -> BTreeMap<String, String> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}
+
+/// Reads the command line, the environment and the config file that one of them names.
+pub(super) fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    environment: &BTreeMap<String, String>,
+) -> Result<Parsed, Error> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let mut command = Cli::command();
+    command.build();
+
+    // A first pass, for the command and the config file only; the second one tells what is wrong.
+    let first = command.clone().ignore_errors(true).try_get_matches_from(&args);
+    let named = first.as_ref().ok().and_then(|matches| {
+        let subcommand = matches.subcommand_name().map(str::to_owned);
+        let file = matches.get_one::<std::path::PathBuf>("config").cloned();
+        Some((subcommand?, file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into))))
+    });
+    let mut settings = BTreeMap::new();
+    if let Some((subcommand, file)) = named {
+        if let Some(file) = file {
+            settings = from_file(&command, &subcommand, &file)
+                .map_err(|message| command.error(ErrorKind::InvalidValue, message))?;
+        }
+        settings.extend(from_environment(environment));
+        command = with_defaults(Cli::command(), &subcommand, &settings);
+    }
+
+    let matches =
+        command.try_get_matches_from(&args).map_err(|error| tell_origin(error, &settings))?;
+    let cli = Cli::from_arg_matches(&matches)?;
+    Ok(Parsed { cli, warnings: unknown_variables(environment) })
+}
+
+/// A value from the environment or the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Setting {
+    value: String,
+    /// Where it was found, for error messages.
+    origin: String,
+}
+
+/// The settings of the environment, by flag.
+fn from_environment(environment: &BTreeMap<String, String>) -> BTreeMap<String, Setting> {
+    let mut settings = BTreeMap::new();
+    for (variable, flag) in RFC_VARIABLES {
+        if let Some(value) = environment.get(variable) {
+            let value = match flag {
+                "listen" => format!("0.0.0.0:{value}"),
+                _ => value.clone(),
+            };
+            settings.insert(flag.to_owned(), setting(value, variable));
+        }
+    }
+    for (variable, value) in environment {
+        if let Some(name) = variable.strip_prefix(PREFIX) {
+            let flag = name.to_lowercase().replace('_', "-");
+            settings.insert(flag, setting(value.clone(), variable));
+        }
+    }
+    settings
+}
+
+fn setting(value: String, variable: &str) -> Setting {
+    Setting { value, origin: format!("the environment variable {variable}") }
+}
+
+/// The settings of the file that apply to `subcommand`, by flag. Keys at the top apply to every command
+/// that has the flag; those in a table named after a command to that command only, and they win.
+fn from_file(
+    command: &Command,
+    subcommand: &str,
+    file: &Path,
+) -> Result<BTreeMap<String, Setting>, String> {
+    let shown = file.display();
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| format!("the config file {shown} cannot be read: {error}"))?;
+    let content: Map<String, Value> = if file.extension().is_some_and(|ending| ending == "json") {
+        serde_json::from_str(&text).map_err(|error| error.to_string())
+    } else {
+        toml::from_str(&text).map_err(|error| error.to_string())
+    }
+    .map_err(|error| format!("the config file {shown} cannot be read: {}", error.trim_end()))?;
+
+    let mut settings = BTreeMap::new();
+    let mut tables = Vec::new();
+    let everywhere: Vec<&str> =
+        std::iter::once(command).chain(command.get_subcommands()).flat_map(flags).collect();
+    for (key, value) in &content {
+        match (command.find_subcommand(key), value) {
+            (Some(table), Value::Object(entries)) => tables.push((key, table, entries)),
+            _ => {
+                let valid = everywhere
+                    .iter()
+                    .copied()
+                    .chain(command.get_subcommands().map(Command::get_name));
+                let flag = known(key, valid, &format!("{shown}: unknown key `{key}`"))?;
+                settings.insert(flag, file_setting(value, &shown, key)?);
+            }
+        }
+    }
+    for (name, table, entries) in tables {
+        for (key, value) in entries {
+            let path = format!("{name}.{key}");
+            let flag = known(key, flags(table), &format!("{shown}: unknown key `{path}`"))?;
+            let setting = file_setting(value, &shown, &path)?;
+            if name == subcommand {
+                settings.insert(flag, setting);
+            }
+        }
+    }
+    Ok(settings)
+}
+
+fn file_setting(
+    value: &Value,
+    file: &std::path::Display<'_>,
+    key: &str,
+) -> Result<Setting, String> {
+    let value = match value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.to_string(),
+        Value::Bool(flag) => flag.to_string(),
+        _ => {
+            return Err(format!(
+                "{file}: the key `{key}` takes one value: a text, a number or a boolean"
+            ));
+        }
+    };
+    Ok(Setting { value, origin: format!("the key `{key}` in {file}") })
+}
+
+/// The flag that a key names, or what is wrong with it and the nearest one. Words of a key may be
+/// joined by underscores too.
+fn known<'a>(
+    key: &str,
+    valid: impl Iterator<Item = &'a str>,
+    wrong: &str,
+) -> Result<String, String> {
+    let flag = key.replace('_', "-");
+    let valid: Vec<&str> = valid.collect();
+    if valid.contains(&flag.as_str()) {
+        return Ok(flag);
+    }
+    Err(match nearest(&flag, valid) {
+        Some(nearest) => format!("{wrong}; did you mean `{nearest}`?"),
+        None => wrong.to_owned(),
+    })
+}
+
+fn nearest<'a>(word: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    valid
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, candidate)| candidate)
+}
+
+/// The long names of a command's settings.
+fn flags(command: &Command) -> impl Iterator<Item = &str> {
+    command
+        .get_arguments()
+        .filter_map(|arg| arg.get_long())
+        .filter(|long| !matches!(*long, "help" | "version" | "config"))
+}
+
+/// The command with `settings` as the defaults of its flags.
+fn with_defaults(
+    command: Command,
+    subcommand: &str,
+    settings: &BTreeMap<String, Setting>,
+) -> Command {
+    let apply = |command: Command| {
+        command.mut_args(|arg| {
+            match arg.get_long().and_then(|long| settings.get(long)) {
+                // An empty value of a variable says that it is not set.
+                Some(setting) if !setting.value.is_empty() => {
+                    arg.default_value(setting.value.clone()).required(false)
+                }
+                _ => arg,
+            }
+        })
+    };
+    apply(command).mut_subcommand(subcommand, apply)
+}
+
+/// Adds to an error about a value where the value comes from, if not from the command line.
+fn tell_origin(mut error: Error, settings: &BTreeMap<String, Setting>) -> Error {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        _ => None,
+    };
+    let (arg, value) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue));
+    let flag = arg
+        .as_deref()
+        .and_then(|arg| arg.trim_start_matches('-').split([' ', '=']).next().map(str::to_owned));
+    let setting = flag.and_then(|flag| settings.get(&flag));
+    if let Some(setting) = setting.filter(|setting| value.as_ref() == Some(&setting.value)) {
+        let origin = format!("the value comes from {}", setting.origin);
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![origin.into()]));
+    }
+    error
+}
+
+/// Variables with our prefix that name no flag of any command. They are no error: the environment is
+/// shared, and Kubernetes for one adds variables to it.
+fn unknown_variables(environment: &BTreeMap<String, String>) -> Vec<String> {
+    let command = Cli::command();
+    let mut known: Vec<String> = std::iter::once(&command)
+        .chain(command.get_subcommands())
+        .flat_map(flags)
+        .map(|flag| format!("{PREFIX}{}", flag.to_uppercase().replace('-', "_")))
+        .collect();
+    known.push("TRAMLINE_CONFIG".to_owned());
+    environment
+        .keys()
+        .filter(|variable| variable.starts_with(PREFIX) && !known.contains(variable))
+        .map(|variable| {
+            let nearest = nearest(variable, known.iter().map(String::as_str)).unwrap_or_default();
+            format!("the environment variable {variable} names no setting; did you mean {nearest}?")
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+    use crate::{
+        StartPosition,
+        cli::{Command as Subcommand, consume::Consume},
+        feed::Format,
+    };
+
+    /// What `consume` is given; the file's ending decides its language.
+    fn consume(
+        args: &[&str],
+        environment: &[(&str, &str)],
+        file: Option<(&str, &str)>,
+    ) -> Result<Consume, String> {
+        let mut args: Vec<OsString> =
+            [&["tramline", "consume"], args].concat().into_iter().map(OsString::from).collect();
+        let file = file.map(|(ending, text)| {
+            let mut file = tempfile::Builder::new().suffix(ending).tempfile().expect("a file");
+            file.write_all(text.as_bytes()).expect("a write");
+            file
+        });
+        if let Some(file) = &file {
+            args.extend(["--config".into(), file.path().into()]);
+        }
+        let environment =
+            environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        match parse(args, &environment) {
+            Ok(Parsed { cli: Cli { command: Subcommand::Consume(consume), .. }, .. }) => {
+                Ok(consume)
+            }
+            Ok(_) => Err("another command".into()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    const FILE: &str = "app = \"from-file\"\n[consume]\nstream = \"from-file\"\nformat = \"raw\"\n";
+
+    #[test]
+    fn a_flag_wins_over_the_environment_and_the_environment_over_the_file() {
+        let file = Some((".toml", FILE));
+        let variable = [("TRAMLINE_STREAM", "from-environment")];
+
+        let given = consume(&[], &[], file).expect("valid");
+        assert_eq!((given.stream.as_str(), given.app.as_str()), ("from-file", "from-file"));
+        assert_eq!(given.format, Format::Raw);
+        assert_eq!(consume(&[], &variable, file).expect("valid").stream, "from-environment");
+        let flag = ["--stream", "from-flag"];
+        assert_eq!(consume(&flag, &variable, file).expect("valid").stream, "from-flag");
+    }
+
+    #[test]
+    fn the_rfcs_variables_rank_below_ours_and_above_the_file() {
+        let rfc = ("KINESIS_STREAM", "rfc");
+        let file = Some((".toml", FILE));
+        assert_eq!(consume(&[], &[rfc], file).expect("valid").stream, "rfc");
+        let both = [rfc, ("TRAMLINE_STREAM", "ours")];
+        assert_eq!(consume(&[], &both, file).expect("valid").stream, "ours");
+    }
+
+    #[test]
+    fn the_file_may_be_json_and_join_words_by_underscores() {
+        let json = r#"{"stream": "s", "app": "a", "consume": {"exit_when_idle": "5s", "start": "latest"}}"#;
+        let given = consume(&[], &[], Some((".json", json))).expect("valid");
+        assert_eq!(given.start, StartPosition::Latest);
+        assert_eq!(given.exit_when_idle, Some(std::time::Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn a_table_of_a_command_wins_over_the_top_and_another_commands_table_does_not_count() {
+        let toml = "stream = \"top\"\napp = \"a\"\n[consume]\nstream = \"own\"\n[produce]\nstream = \"other\"\n";
+        assert_eq!(consume(&[], &[], Some((".toml", toml))).expect("valid").stream, "own");
+    }
+
+    #[test]
+    fn unknown_keys_are_errors_also_in_tables_of_other_commands() {
+        for (toml, said) in [
+            ("strem = 1", "unknown key `strem`; did you mean `stream`?"),
+            ("[produce]\nlisen = 1", "unknown key `produce.lisen`; did you mean `listen`?"),
+            ("[consum]\nstream = \"s\"", "unknown key `consum`; did you mean `consume`?"),
+            ("config = \"x\"", "unknown key `config`"),
+            ("stream = [1]", "the key `stream` takes one value"),
+        ] {
+            let error = consume(&["--app", "a"], &[], Some((".toml", toml))).expect_err(toml);
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_value_is_told_with_its_origin() {
+        let args = ["--stream", "s", "--app", "a"];
+        let error = consume(&args, &[("TRAMLINE_START", "noon")], None).expect_err("noon");
+        assert!(error.contains("noon") && error.contains("TRAMLINE_START"), "{error}");
+        let error =
+            consume(&args, &[], Some((".toml", "[consume]\nprefetch = \"big\""))).expect_err("big");
+        assert!(error.contains("`consume.prefetch`"), "{error}");
+    }
+
+    #[test]
+    fn an_unknown_variable_is_a_warning_with_the_nearest_name() {
+        let environment = [("TRAMLINE_STRAEM", "s"), ("TRAMLINE_FORMAT", "raw"), ("STRAEM", "s")]
+            .map(|(k, v)| (k.to_owned(), v.to_owned()))
+            .into();
+        let warnings = unknown_variables(&environment);
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].contains("did you mean TRAMLINE_STREAM?"), "{}", warnings[0]);
+    }
+
+    #[test]
+    fn the_model_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

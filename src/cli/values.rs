@@ -1,0 +1,113 @@
+//! Settings as people write them.
+
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{ValueEnum, builder::PossibleValue};
+use jiff::SignedDuration;
+
+use crate::{PartitionKey, Retrieval, StartPosition, feed::Format, ocs::generate::Profile};
+
+/// A length of time such as `500ms`, `10s` or `1h30m`.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    text.parse::<SignedDuration>()
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| "write a length of time with its unit, such as 500ms, 10s or 5m".to_owned())
+}
+
+/// A number of bytes such as `64KiB` or `8MiB`, up to 1 GiB.
+pub(super) fn size_bytes(text: &str) -> Result<u32, String> {
+    text.parse::<ByteSize>()
+        .ok()
+        .and_then(|size| u32::try_from(size.as_u64()).ok())
+        .filter(|bytes| (1..=1 << 30).contains(bytes))
+        .ok_or_else(|| "write a size from 1B to 1GiB, such as 64KiB or 8MiB".to_owned())
+}
+
+/// A start position: a word or an RFC 3339 time.
+pub(super) fn start(text: &str) -> Result<StartPosition, String> {
+    match text {
+        "latest" => Ok(StartPosition::Latest),
+        "trim-horizon" => Ok(StartPosition::TrimHorizon),
+        "service-day" => Ok(StartPosition::ServiceDay),
+        time => time.parse().map(StartPosition::At).map_err(|_| {
+            "write latest, trim-horizon, service-day or a time such as 2025-07-02T06:00:00Z"
+                .to_owned()
+        }),
+    }
+}
+
+/// Words for values of enums that live elsewhere.
+macro_rules! words {
+    ($type:ty { $($variant:ident = $word:literal $help:literal,)+ }) => {
+        impl ValueEnum for $type {
+            fn value_variants<'a>() -> &'a [Self] {
+                &[$(Self::$variant),+]
+            }
+
+            fn to_possible_value(&self) -> Option<PossibleValue> {
+                Some(match self {
+                    $(Self::$variant => PossibleValue::new($word).help($help),)+
+                })
+            }
+        }
+    };
+}
+
+words!(Format {
+    Json = "json" "an object with the message's place in the stream and the CloudEvent",
+    Event = "event" "the CloudEvent",
+    Raw = "raw" "the OCS text",
+});
+
+words!(Retrieval {
+    Auto = "auto" "fan-out, or polling if the server does not know fan-out",
+    FanOut = "fan-out" "SubscribeToShard: pushed, 2 MB/s a shard for this application alone",
+    Polling = "polling" "GetRecords: 2 MB/s a shard, shared by all that poll",
+});
+
+words!(PartitionKey {
+    ConnectionHash = "connection-hash" "a salted hash of the peer's address and port",
+    HostHash = "host-hash" "a salted hash of the peer's address",
+    Connection = "connection" "{local address -> peer address}, readable, as Trike writes it",
+});
+
+words!(Profile {
+    Day = "day" "an ordinary stretch of the service day",
+    Morning = "morning" "the schedule load at 02:00, then an ordinary day",
+});
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_written_with_their_unit() {
+        assert_eq!(duration("10s"), Ok(Duration::from_secs(10)));
+        assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        for wrong in ["10", "", "-1s", "0s", "soon", "10 parsecs"] {
+            assert!(duration(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_written_with_their_unit() {
+        assert_eq!(size_bytes("64KiB"), Ok(65_536));
+        assert_eq!(size_bytes("8MiB"), Ok(8_388_608));
+        for wrong in ["", "0", "-1MiB", "5GiB", "large"] {
+            assert!(size_bytes(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn start_positions_are_words_or_times() {
+        assert_eq!(start("latest"), Ok(StartPosition::Latest));
+        let time = "2025-07-02T06:00:00Z";
+        assert_eq!(start(time), Ok(StartPosition::At(time.parse().expect("a time"))));
+        assert_eq!(start("2025-07-02T02:00:00-04:00"), start(time));
+        assert!(start("yesterday").is_err());
+    }
+}

@@ -1,0 +1,94 @@
+//! What a service implements to get messages.
+
+mod dead_letter;
+
+use std::{fmt, ops::Deref, time::Duration};
+
+pub(crate) use dead_letter::{DeadLetter, Place};
+
+use crate::{record::Message, shard::ShardId};
+
+/// Does a service's work with the messages of one shard.
+///
+/// A worker makes one handler for each shard that it reads and calls it with one batch at a time, in
+/// order. Handlers of different shards run side by side.
+///
+/// ```
+/// use tramline::{Batch, Handler};
+///
+/// struct Print;
+///
+/// impl Handler for Print {
+///     type Error = std::convert::Infallible;
+///
+///     async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+///         for message in batch {
+///             println!("{}", message.raw());
+///         }
+///         Ok(())
+///     }
+/// }
+/// ```
+pub trait Handler: Send + 'static {
+    /// Why a batch could not be handled. Its text goes to the log.
+    type Error: fmt::Display + Send;
+
+    /// Handles a batch. `Ok` says that all of it is finished: the checkpoint may pass it.
+    ///
+    /// After an `Err` the same batch is offered again, five times in all with growing waits; then the
+    /// worker stops with the error, and the batch is read again after a restart (P1). If the lease is
+    /// lost meanwhile, the call is dropped at its next `await`: another worker has the shard (P4).
+    fn handle(&mut self, batch: &Batch) -> impl Future<Output = Result<(), Self::Error>> + Send;
+
+    /// Reading of the shard starts.
+    fn started(&mut self, shard: &ShardId) -> impl Future<Output = ()> + Send {
+        let _ = shard;
+        async {}
+    }
+
+    /// The shard is closed and every message of it was handled; the handler is not called again.
+    fn ended(&mut self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+
+    /// Another worker has the shard now. Nothing that is done after this belongs to it any more.
+    fn lost(&mut self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+
+    /// The worker stops. The last batch is finished; its checkpoint is written after this.
+    fn stopping(&mut self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+}
+
+/// Messages of one shard, in order.
+#[derive(Debug)]
+pub struct Batch {
+    pub(crate) messages: Vec<Message>,
+    pub(crate) behind: Option<Duration>,
+}
+
+impl Batch {
+    /// How far behind the tip of the stream this batch was read, where the server tells.
+    pub fn behind(&self) -> Option<Duration> {
+        self.behind
+    }
+}
+
+impl Deref for Batch {
+    type Target = [Message];
+
+    fn deref(&self) -> &[Message] {
+        &self.messages
+    }
+}
+
+impl<'a> IntoIterator for &'a Batch {
+    type Item = &'a Message;
+    type IntoIter = std::slice::Iter<'a, Message>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.messages.iter()
+    }
+}

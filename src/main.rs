@@ -1,0 +1,7 @@
+//! The program `tramline`. See [`tramline::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tramline::cli::main()
+}

@@ -1,0 +1,90 @@
+//! Reading ahead of the handler, within a bound.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::JoinHandle,
+};
+
+use super::{Read, ShardReader, SourceError};
+use crate::backoff::Backoff;
+
+/// A shard that is being read in the background. Dropping it stops the reading.
+pub(crate) struct Prefetch {
+    reads: mpsc::UnboundedReceiver<Result<Prefetched, SourceError>>,
+    task: JoinHandle<()>,
+}
+
+/// A read, and the part of the buffer that it takes until it is dropped.
+pub(crate) struct Prefetched {
+    pub read: Read,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl Prefetch {
+    /// Reads ahead until `limit_bytes` of records wait to be handled. The read in hand comes on top: at
+    /// most 10 MiB, the largest answer of Kinesis.
+    pub(crate) fn start(reader: ShardReader, limit_bytes: u32) -> Self {
+        let (sender, reads) = mpsc::unbounded_channel();
+        Self { reads, task: tokio::spawn(run(reader, limit_bytes, sender)) }
+    }
+
+    /// The next read. An error is final: reading may not succeed without someone doing something.
+    pub(crate) async fn next(&mut self) -> Option<Result<Prefetched, SourceError>> {
+        self.reads.recv().await
+    }
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn run(
+    mut reader: ShardReader,
+    limit_bytes: u32,
+    sender: mpsc::UnboundedSender<Result<Prefetched, SourceError>>,
+) {
+    let room = Arc::new(Semaphore::new(limit_bytes as usize));
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+    let mut has_read = false;
+    let mut failures = 0_u32;
+    loop {
+        let read = match reader.read().await {
+            Ok(read) => read,
+            // What never worked is a mistake in the set-up. What worked once may work again.
+            Err(error) if !has_read && !error.is_transient() => {
+                let _ = sender.send(Err(error));
+                return;
+            }
+            Err(error) => {
+                let wait = backoff.next_wait();
+                if failures == 0 {
+                    tracing::warn!("{error}; trying again until it works");
+                } else {
+                    tracing::debug!("{error}; trying again in {wait:?}");
+                }
+                failures += 1;
+                tokio::time::sleep(wait).await;
+                continue;
+            }
+        };
+        if failures > 0 {
+            tracing::info!(
+                stream = reader.stream.name(), shard = %reader.shard,
+                "reading again after {failures} failed attempts"
+            );
+            failures = 0;
+            backoff.reset();
+        }
+        has_read = true;
+        let ended = read.end.is_some();
+        let size = u32::try_from(read.size_bytes()).unwrap_or(u32::MAX).min(limit_bytes);
+        let room = room.clone().acquire_many_owned(size).await.ok();
+        if sender.send(Ok(Prefetched { read, _room: room })).is_err() || ended {
+            return;
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! One stream: what it is, its shards, and our consumer on it.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use aws_sdk_kinesis::{
+    Client,
+    types::{ConsumerStatus, StreamStatus},
+};
+use aws_types::SdkConfig;
+use tokio::time::Instant;
+
+use super::{Retrieval, SourceError};
+use crate::{
+    aws::{self, AwsError, AwsErrorKind},
+    shard::{HashKeyRange, Shard},
+};
+
+/// How long a stream or a consumer may take to become active.
+const ACTIVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// A stream and how we read it. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Stream(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    client: Client,
+    name: Arc<str>,
+    region: String,
+    retrieval: Retrieval,
+    /// Our fan-out consumer, once it is registered.
+    consumer_arn: OnceLock<String>,
+    /// Set when the server turns out not to know fan-out.
+    polling: OnceLock<()>,
+}
+
+impl Stream {
+    pub(crate) fn new(config: &SdkConfig, name: &str, retrieval: Retrieval) -> Self {
+        let region = config.region().map_or("none".to_owned(), ToString::to_string);
+        let config = aws_sdk_kinesis::config::Builder::from(config)
+            .timeout_config(aws::call_timeouts())
+            // A subscription may be silent; its reader has its own limit.
+            .stalled_stream_protection(
+                aws_sdk_kinesis::config::StalledStreamProtectionConfig::disabled(),
+            )
+            .build();
+        Self(Arc::new(Inner {
+            client: Client::from_conf(config),
+            name: name.into(),
+            region,
+            retrieval,
+            consumer_arn: OnceLock::new(),
+            polling: OnceLock::new(),
+        }))
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    pub(crate) fn shared_name(&self) -> Arc<str> {
+        self.0.name.clone()
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.0.client
+    }
+
+    /// The consumer to subscribe with; `None` means to poll.
+    pub(super) fn consumer_arn(&self) -> Option<String> {
+        match self.0.polling.get() {
+            Some(()) => None,
+            None => self.0.consumer_arn.get().cloned(),
+        }
+    }
+
+    /// Polls from now on if that is allowed, and says so once.
+    pub(super) fn fall_back_to_polling(&self, because: &AwsError) -> Result<(), AwsError> {
+        if self.0.retrieval != Retrieval::Auto {
+            return Err(because.clone());
+        }
+        if self.0.polling.set(()).is_ok() {
+            tracing::warn!(
+                stream = self.name(),
+                "falling back to polling: the server does not know enhanced fan-out ({because}); \
+                 set retrieval to polling to choose it"
+            );
+        }
+        Ok(())
+    }
+
+    /// Waits until the stream can be read, and registers the fan-out consumer `name` if it is to be
+    /// used.
+    pub(crate) async fn open(&self, consumer_name: &str) -> Result<(), SourceError> {
+        let stream_arn = self.until_active_stream().await?;
+        if self.0.retrieval == Retrieval::Polling {
+            return Ok(());
+        }
+        match self.register(&stream_arn, consumer_name).await {
+            Ok(consumer_arn) => {
+                // A second call finds the same consumer.
+                let _ = self.0.consumer_arn.set(consumer_arn);
+                Ok(())
+            }
+            Err(SourceError::Stream { source, .. })
+                if source.kind() == AwsErrorKind::UnknownOperation =>
+            {
+                self.fall_back_to_polling(&source).map_err(|source| self.failed(source))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits until the stream is active and gives its ARN.
+    pub(crate) async fn until_active_stream(&self) -> Result<String, SourceError> {
+        self.until_active("the stream", || async {
+            let answer = self
+                .client()
+                .describe_stream_summary()
+                .stream_name(self.name())
+                .send()
+                .await
+                .map_err(|error| {
+                    self.failed(aws::failure("kinesis:DescribeStreamSummary", error))
+                })?;
+            Ok(answer.stream_description_summary.and_then(|stream| match stream.stream_status {
+                StreamStatus::Active | StreamStatus::Updating => Some(stream.stream_arn),
+                _ => None,
+            }))
+        })
+        .await
+    }
+
+    async fn register(&self, stream_arn: &str, name: &str) -> Result<String, SourceError> {
+        if self.consumer(stream_arn, name).await?.is_none() {
+            let registered = self
+                .client()
+                .register_stream_consumer()
+                .stream_arn(stream_arn)
+                .consumer_name(name)
+                .send()
+                .await;
+            match registered.map_err(|error| aws::failure("kinesis:RegisterStreamConsumer", error))
+            {
+                Ok(_) => tracing::info!(
+                    stream = self.name(),
+                    consumer = name,
+                    "fan-out consumer registered"
+                ),
+                // Another worker was faster.
+                Err(error) if error.kind() == AwsErrorKind::InUse => {}
+                Err(error) if error.kind() == AwsErrorKind::Quota => {
+                    return Err(SourceError::ConsumerQuota {
+                        stream: self.name().to_owned(),
+                        consumer: name.to_owned(),
+                        source: error,
+                    });
+                }
+                Err(error) => return Err(self.failed(error)),
+            }
+        }
+        self.until_active(&format!("fan-out consumer {name}"), || async {
+            Ok(match self.consumer(stream_arn, name).await? {
+                Some((arn, ConsumerStatus::Active)) => Some(arn),
+                _ => None,
+            })
+        })
+        .await
+    }
+
+    async fn consumer(
+        &self,
+        stream_arn: &str,
+        name: &str,
+    ) -> Result<Option<(String, ConsumerStatus)>, SourceError> {
+        let answer = self
+            .client()
+            .describe_stream_consumer()
+            .stream_arn(stream_arn)
+            .consumer_name(name)
+            .send()
+            .await;
+        match answer.map_err(|error| aws::failure("kinesis:DescribeStreamConsumer", error)) {
+            Ok(answer) => {
+                Ok(answer.consumer_description.map(|c| (c.consumer_arn, c.consumer_status)))
+            }
+            Err(error) if error.kind() == AwsErrorKind::NotFound => Ok(None),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// Asks until `look` finds what it looks for.
+    async fn until_active<T, L>(&self, what: &str, look: impl Fn() -> L) -> Result<T, SourceError>
+    where
+        L: Future<Output = Result<Option<T>, SourceError>>,
+    {
+        let give_up = Instant::now() + ACTIVE_LIMIT;
+        loop {
+            if let Some(found) = look().await? {
+                return Ok(found);
+            }
+            if Instant::now() >= give_up {
+                return Err(SourceError::NotActive {
+                    stream: self.name().to_owned(),
+                    what: what.to_owned(),
+                    waited_secs: ACTIVE_LIMIT.as_secs(),
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Every shard that the stream still lists, closed ones included.
+    pub(crate) async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
+        self.list_shards().await.map_err(|source| self.failed(source))
+    }
+
+    pub(super) async fn list_shards(&self) -> Result<Vec<Shard>, AwsError> {
+        let mut shards = Vec::new();
+        let mut next_token: Option<String> = None;
+        loop {
+            // With a token neither the name nor a filter may be sent (AWS API reference).
+            let call = self.client().list_shards();
+            let call = match next_token {
+                Some(token) => call.next_token(token),
+                None => call.stream_name(self.name()),
+            };
+            let answer =
+                call.send().await.map_err(|error| aws::failure("kinesis:ListShards", error))?;
+            shards.extend(answer.shards.unwrap_or_default().into_iter().map(shard));
+            next_token = answer.next_token;
+            if next_token.is_none() {
+                return Ok(shards);
+            }
+        }
+    }
+
+    fn failed(&self, source: AwsError) -> SourceError {
+        let stream = self.name().to_owned();
+        match source.kind() {
+            AwsErrorKind::NotFound => {
+                SourceError::NoStream { stream, region: self.0.region.clone() }
+            }
+            _ => SourceError::Stream { stream, source },
+        }
+    }
+}
+
+fn shard(shard: aws_sdk_kinesis::types::Shard) -> Shard {
+    Shard {
+        id: shard.shard_id.into(),
+        parents: [shard.parent_shard_id, shard.adjacent_parent_shard_id]
+            .into_iter()
+            .flatten()
+            .map(Into::into)
+            .collect(),
+        hash_key_range: shard.hash_key_range.as_ref().and_then(hash_key_range),
+        closed: shard
+            .sequence_number_range
+            .is_some_and(|range| range.ending_sequence_number.is_some()),
+    }
+}
+
+pub(super) fn hash_key_range(range: &aws_sdk_kinesis::types::HashKeyRange) -> Option<HashKeyRange> {
+    Some(HashKeyRange {
+        start: range.starting_hash_key.parse().ok()?,
+        end: range.ending_hash_key.parse().ok()?,
+    })
+}

@@ -1,0 +1,437 @@
+//! The running of it: one worker per process, one task per shard that it owns.
+//!
+//! ```text
+//! Worker::run ── every 5 s: look at the lease table, take what is free
+//!     └─ one task per shard:  Prefetch → unpack → Handler → checkpoint
+//!            └─ HeldLease: renewed on the side, whatever the handler does
+//! ```
+
+mod held_lease;
+mod settings;
+mod shard_task;
+mod signal;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+pub use settings::{StartPosition, WorkerBuilder};
+pub use signal::shutdown_signal;
+
+use crate::{
+    handler::Handler,
+    lease::{
+        Change, Lease, LeaseError,
+        dynamodb::LeaseTable,
+        plan::{self, Observations, Planner},
+    },
+    shard::{self, InitialPosition, ShardId},
+    source::{SourceError, Stream},
+};
+use held_lease::HeldLease;
+use settings::Settings;
+use shard_task::{Outcome, ShardTask};
+
+/// How often the lease table is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the stream is asked for new shards; besides, it is asked whenever a shard ends.
+const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
+const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Reads a stream: takes leases, hands messages to one handler per shard, and checkpoints.
+///
+/// Made by [`Worker::builder`]; runs until it is told to stop.
+pub struct Worker<F> {
+    stream: Stream,
+    table: LeaseTable,
+    settings: Settings,
+    make_handler: F,
+}
+
+/// What a worker did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// Records read.
+    pub records: u64,
+    /// Messages that the handler finished.
+    pub messages: u64,
+    /// Parts of records that are not raw OCS messages; they were written to stderr.
+    pub undecodable: u64,
+}
+
+/// Why a worker could not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// The stream cannot be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The lease table cannot be used.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// A handler did not finish a batch.
+    #[error(
+        "shard {shard}: the handler failed {attempts} times at sequence number {sequence_number}: \
+         {reason}; the worker stops, and reads the batch again when it is restarted"
+    )]
+    Handler {
+        /// The shard.
+        shard: ShardId,
+        /// The first record of the batch.
+        sequence_number: String,
+        /// How often the batch was offered.
+        attempts: u32,
+        /// The handler's error.
+        reason: String,
+    },
+    /// A handler panicked.
+    #[error("shard {shard}: the handler panicked; the worker stops: {reason}")]
+    Panic {
+        /// The shard.
+        shard: ShardId,
+        /// What the panic said.
+        reason: String,
+    },
+    /// Shards were still busy at the shutdown limit.
+    #[error(
+        "{shards} shards did not stop within {limit:?}: their last batch is read again after a \
+         restart, and their leases are free after {lease_duration:?}"
+    )]
+    ShutdownLimit {
+        /// How many.
+        shards: usize,
+        /// The limit.
+        limit: Duration,
+        /// The time after which other workers take the leases.
+        lease_duration: Duration,
+    },
+}
+
+/// Counts that the tasks of a worker share.
+#[derive(Debug)]
+struct Counters {
+    records: AtomicU64,
+    messages: AtomicU64,
+    undecodable: AtomicU64,
+    started: Instant,
+    /// When the last record was read or handled, in milliseconds after `started`.
+    active_millis: AtomicU64,
+}
+
+impl Counters {
+    fn new() -> Self {
+        Self {
+            records: AtomicU64::new(0),
+            messages: AtomicU64::new(0),
+            undecodable: AtomicU64::new(0),
+            started: Instant::now(),
+            active_millis: AtomicU64::new(0),
+        }
+    }
+
+    fn note_activity(&self) {
+        let millis = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.active_millis.fetch_max(millis, Ordering::Relaxed);
+    }
+
+    fn quiet_for(&self) -> Duration {
+        let active = Duration::from_millis(self.active_millis.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(active)
+    }
+
+    fn report(&self) -> Report {
+        Report {
+            records: self.records.load(Ordering::Relaxed),
+            messages: self.messages.load(Ordering::Relaxed),
+            undecodable: self.undecodable.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Worker<()> {
+    /// Starts to describe a worker of `application` that reads `stream`.
+    ///
+    /// The application's name is that of its lease table and of its fan-out consumer. Workers of one
+    /// application share the stream's shards; each application gets every message.
+    pub fn builder(
+        config: &aws_types::SdkConfig,
+        stream: impl Into<String>,
+        application: impl Into<String>,
+    ) -> WorkerBuilder<()> {
+        WorkerBuilder::new(config, stream.into(), application.into())
+    }
+}
+
+impl<F, H> Worker<F>
+where
+    F: Fn(&ShardId) -> H,
+    H: Handler,
+{
+    /// Reads until `shutdown` completes, then stops cleanly: running batches finish, last checkpoints
+    /// are written, leases are given up (P6).
+    pub async fn run(
+        self,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<Report, WorkerError> {
+        let mut shutdown = pin!(shutdown);
+        let counters = Arc::new(Counters::new());
+        let mut running = Running {
+            initial: self.settings.start.at(Timestamp::now()),
+            stop: CancellationToken::new(),
+            tasks: JoinSet::new(),
+            shard_of_task: BTreeMap::new(),
+            held: BTreeMap::new(),
+            observed: Observations::default(),
+            unattended: true,
+            discover_at: None,
+            looked: false,
+            failing: false,
+            counters: counters.clone(),
+            worker: &self,
+        };
+        let idle_limit = self.settings.stop_when_idle;
+        let mut look_at = Instant::now();
+        let result = loop {
+            tokio::select! {
+                biased;
+                () = &mut shutdown => break Ok(()),
+                Some(done) = running.tasks.join_next_with_id() => {
+                    match running.task_done(done) {
+                        Ok(look_again) if look_again => look_at = Instant::now(),
+                        Ok(_) => {}
+                        Err(error) => break Err(error),
+                    }
+                }
+                () = tokio::time::sleep(IDLE_CHECK_INTERVAL), if idle_limit.is_some() => {
+                    if idle_limit.is_some_and(|limit| running.is_idle(limit)) {
+                        tracing::info!(stream = self.stream.name(), "nothing new: stopping");
+                        break Ok(());
+                    }
+                }
+                () = sleep_until(look_at) => {
+                    if let Err(error) = running.look().await {
+                        break Err(error);
+                    }
+                    look_at = Instant::now() + LOOK_INTERVAL;
+                }
+            }
+        };
+        let stopped = running.stop().await;
+        let report = counters.report();
+        tracing::info!(
+            stream = self.stream.name(),
+            records = report.records,
+            messages = report.messages,
+            undecodable = report.undecodable,
+            "worker stopped"
+        );
+        result.and(stopped).map(|()| report)
+    }
+}
+
+/// The state of a running worker.
+struct Running<'a, F> {
+    worker: &'a Worker<F>,
+    initial: InitialPosition,
+    stop: CancellationToken,
+    tasks: JoinSet<Outcome>,
+    shard_of_task: BTreeMap<tokio::task::Id, ShardId>,
+    held: BTreeMap<ShardId, Arc<HeldLease>>,
+    observed: Observations,
+    /// Whether some shard is not finished and, as far as we know, read by nobody.
+    unattended: bool,
+    /// When to ask for shards next; `None` means now.
+    discover_at: Option<Instant>,
+    /// Whether a look at the table has succeeded.
+    looked: bool,
+    /// Whether the last look failed, so that an outage is told once.
+    failing: bool,
+    counters: Arc<Counters>,
+}
+
+type Joined = Result<(tokio::task::Id, Outcome), tokio::task::JoinError>;
+
+impl<F, H> Running<'_, F>
+where
+    F: Fn(&ShardId) -> H,
+    H: Handler,
+{
+    /// Looks at the table, takes what is free and starts to read it. An error ends the worker.
+    async fn look(&mut self) -> Result<(), WorkerError> {
+        match self.try_look().await {
+            Ok(()) => {
+                if self.failing {
+                    tracing::info!("the lease table can be read again");
+                }
+                self.failing = false;
+                self.looked = true;
+                Ok(())
+            }
+            // What never worked is a mistake in the set-up. What worked once may work again.
+            Err(error) if !self.looked => Err(error),
+            Err(error) => {
+                if !self.failing {
+                    tracing::warn!(
+                        "{error}; shards that this worker has are read on while their leases can be \
+                         renewed; trying again every {} s",
+                        LOOK_INTERVAL.as_secs()
+                    );
+                }
+                self.failing = true;
+                Ok(())
+            }
+        }
+    }
+
+    async fn try_look(&mut self) -> Result<(), WorkerError> {
+        let mut snapshot = self.worker.table.scan().await?;
+        if self.discover_at.is_none_or(|at| Instant::now() >= at) {
+            snapshot.extend(self.create_missing(&snapshot).await?);
+            self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
+        }
+        let now = Instant::now();
+        self.observed.see(&snapshot, now);
+        let held: BTreeSet<ShardId> = self.held.keys().cloned().collect();
+        let planner = Planner {
+            worker: &self.worker.settings.worker_id,
+            held: &held,
+            adopt: !self.looked,
+            lease_duration: self.worker.settings.lease_duration,
+        };
+        let takes = plan::to_take(&snapshot, &self.observed, &planner, now);
+        for lease in takes {
+            self.take(lease).await?;
+        }
+        let held: BTreeSet<ShardId> = self.held.keys().cloned().collect();
+        self.unattended = plan::unattended(&snapshot, &self.observed, &held);
+        Ok(())
+    }
+
+    /// Creates the leases that the stream's shards ought to have, and gives those that are new.
+    async fn create_missing(&self, snapshot: &[Lease]) -> Result<Vec<Lease>, WorkerError> {
+        let listed = self.worker.stream.shards().await?;
+        let leased = snapshot.iter().map(|lease| lease.shard.clone()).collect();
+        let mut created = Vec::new();
+        for (shard, checkpoint) in shard::missing_leases(&listed, &leased, self.initial) {
+            let lease = Lease::new(&shard, checkpoint, self.initial.time());
+            if self.worker.table.create(&lease).await? {
+                tracing::info!(
+                    stream = self.worker.stream.name(), shard = %lease.shard,
+                    start = %lease.checkpoint, "lease created"
+                );
+                created.push(lease);
+            }
+        }
+        Ok(created)
+    }
+
+    async fn take(&mut self, lease: &Lease) -> Result<(), WorkerError> {
+        let settings = &self.worker.settings;
+        let taken_at = Instant::now();
+        let change = Change::Take { worker: settings.worker_id.clone() };
+        let taken = match self.worker.table.update(lease, &change).await {
+            Ok(taken) => taken,
+            // Another worker was faster.
+            Err(LeaseError::Lost { .. }) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        tracing::info!(
+            stream = self.worker.stream.name(), shard = %taken.shard, counter = taken.counter,
+            checkpoint = %taken.checkpoint, from = lease.owner.as_deref().unwrap_or("nobody"),
+            "lease taken"
+        );
+        let shard = taken.shard.clone();
+        let held = Arc::new(HeldLease::new(
+            self.worker.table.clone(),
+            taken,
+            taken_at,
+            settings.lease_duration,
+        ));
+        let task = ShardTask {
+            stream: self.worker.stream.clone(),
+            held: held.clone(),
+            initial: self.initial,
+            stop: self.stop.clone(),
+            counters: self.counters.clone(),
+            settings: settings.clone(),
+        };
+        self.counters.note_activity();
+        let id = self.tasks.spawn(task.run((self.worker.make_handler)(&shard))).id();
+        self.shard_of_task.insert(id, shard.clone());
+        self.held.insert(shard, held);
+        Ok(())
+    }
+
+    /// Takes note of a task that is over. Tells whether to look at the table at once.
+    fn task_done(&mut self, done: Joined) -> Result<bool, WorkerError> {
+        let id = match &done {
+            Ok((id, _)) => *id,
+            Err(error) => error.id(),
+        };
+        let shard = self.shard_of_task.remove(&id).unwrap_or_else(|| "unknown".into());
+        self.held.remove(&shard);
+        match done {
+            Ok((_, Outcome::Ended)) => {
+                self.counters.note_activity();
+                self.discover_at = None;
+                Ok(true)
+            }
+            Ok((_, Outcome::Lost | Outcome::Stopped)) => Ok(false),
+            Ok((_, Outcome::Failed(error))) => Err(error),
+            Err(error) => Err(WorkerError::Panic { shard, reason: panic_text(error) }),
+        }
+    }
+
+    /// Whether every shard has been at its tip for `limit`.
+    fn is_idle(&self, limit: Duration) -> bool {
+        self.looked
+            && !self.unattended
+            && self.held.values().all(|held| held.is_caught_up())
+            && self.counters.quiet_for() >= limit
+    }
+
+    async fn stop(mut self) -> Result<(), WorkerError> {
+        self.stop.cancel();
+        let limit = self.worker.settings.shutdown_limit;
+        let give_up = Instant::now() + limit;
+        let mut result = Ok(());
+        loop {
+            match tokio::time::timeout_at(give_up, self.tasks.join_next_with_id()).await {
+                Ok(None) => return result,
+                Ok(Some(done)) => result = result.and(self.task_done(done).map(|_| ())),
+                Err(_) => {
+                    return Err(WorkerError::ShutdownLimit {
+                        shards: self.tasks.len(),
+                        limit,
+                        lease_duration: self.worker.settings.lease_duration,
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn panic_text(error: tokio::task::JoinError) -> String {
+    match error.try_into_panic() {
+        Ok(panic) => panic
+            .downcast_ref::<&str>()
+            .map(|text| (*text).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_else(|| "no text".to_owned()),
+        Err(error) => error.to_string(),
+    }
+}

@@ -1,0 +1,198 @@
+use std::time::Duration;
+
+use aws_types::SdkConfig;
+use jiff::Timestamp;
+
+use super::{Worker, WorkerError};
+use crate::{
+    handler::Handler,
+    lease::dynamodb::LeaseTable,
+    ocs::ServiceDay,
+    shard::{InitialPosition, ShardId},
+    source::{Retrieval, Stream},
+};
+
+/// Where reading starts in a shard that has no checkpoint.
+///
+/// Whatever is chosen becomes a concrete place when the shard is first opened, and stays it: a lost
+/// connection, an expired iterator or a restart before the first record skips nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum StartPosition {
+    /// With what arrives from now on.
+    Latest,
+    /// With the oldest record that the stream keeps.
+    #[default]
+    TrimHorizon,
+    /// With the first record that arrived at or after this time.
+    At(Timestamp),
+    /// With the start of the current service day: 02:00 in America/New_York.
+    ServiceDay,
+}
+
+impl StartPosition {
+    /// What it means for a worker that starts at `now`.
+    pub(super) fn at(&self, now: Timestamp) -> InitialPosition {
+        match self {
+            Self::Latest => InitialPosition::Latest,
+            Self::TrimHorizon => InitialPosition::TrimHorizon,
+            Self::At(at) => InitialPosition::At(*at),
+            Self::ServiceDay => InitialPosition::At(ServiceDay::default().start(now)),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Settings {
+    pub worker_id: String,
+    pub start: StartPosition,
+    pub lease_duration: Duration,
+    pub checkpoint_interval: Duration,
+    pub prefetch_bytes: u32,
+    pub shutdown_limit: Duration,
+    pub stop_when_idle: Option<Duration>,
+}
+
+/// Describes a worker. Every setting but the handler has a default.
+pub struct WorkerBuilder<F> {
+    config: SdkConfig,
+    stream: String,
+    application: String,
+    lease_table: Option<String>,
+    retrieval: Retrieval,
+    settings: Settings,
+    make_handler: F,
+}
+
+impl WorkerBuilder<()> {
+    pub(super) fn new(config: &SdkConfig, stream: String, application: String) -> Self {
+        Self {
+            config: config.clone(),
+            stream,
+            application,
+            lease_table: None,
+            retrieval: Retrieval::default(),
+            settings: Settings {
+                worker_id: default_worker_id(),
+                start: StartPosition::default(),
+                lease_duration: Duration::from_secs(10),
+                checkpoint_interval: Duration::from_secs(5),
+                prefetch_bytes: 8 * 1024 * 1024,
+                shutdown_limit: Duration::from_secs(30),
+                stop_when_idle: None,
+            },
+            make_handler: (),
+        }
+    }
+
+    /// Makes the handler for each shard that the worker reads.
+    pub fn handler<F, H>(self, make_handler: F) -> WorkerBuilder<F>
+    where
+        F: Fn(&ShardId) -> H,
+        H: Handler,
+    {
+        WorkerBuilder {
+            config: self.config,
+            stream: self.stream,
+            application: self.application,
+            lease_table: self.lease_table,
+            retrieval: self.retrieval,
+            settings: self.settings,
+            make_handler,
+        }
+    }
+}
+
+impl<F> WorkerBuilder<F> {
+    /// Where shards without a checkpoint start. Default: the trim horizon.
+    pub fn start(mut self, start: StartPosition) -> Self {
+        self.settings.start = start;
+        self
+    }
+
+    /// How records are fetched. Default: fan-out, or polling where the server does not know it.
+    pub fn retrieval(mut self, retrieval: Retrieval) -> Self {
+        self.retrieval = retrieval;
+        self
+    }
+
+    /// The DynamoDB table of the leases. Default: the application's name, as in the KCL.
+    pub fn lease_table(mut self, name: impl Into<String>) -> Self {
+        self.lease_table = Some(name.into());
+        self
+    }
+
+    /// The name by which other workers know this one. It must be its own: two workers of one name take
+    /// each other's leases. A worker that is restarted under its old name takes its leases back at
+    /// once. Default: host name, process id and a random part.
+    pub fn worker_id(mut self, id: impl Into<String>) -> Self {
+        self.settings.worker_id = id.into();
+        self
+    }
+
+    /// How long a lease lasts without renewal: after this, others take the shards of a worker that
+    /// died. It is renewed when two fifths of it have passed. Default: 10 s.
+    pub fn lease_duration(mut self, duration: Duration) -> Self {
+        self.settings.lease_duration = duration;
+        self
+    }
+
+    /// How often progress is stored: what was handled since comes again after a crash. At the end of a
+    /// shard and at a stop it is stored in any case. Default: 5 s.
+    pub fn checkpoint_interval(mut self, interval: Duration) -> Self {
+        self.settings.checkpoint_interval = interval;
+        self
+    }
+
+    /// How many bytes of records a shard may hold that wait for the handler. Default: 8 MiB.
+    pub fn prefetch_bytes(mut self, limit: u32) -> Self {
+        self.settings.prefetch_bytes = limit;
+        self
+    }
+
+    /// How long a stop may take, before shards whose handler is still busy are given up. Default: 30 s.
+    pub fn shutdown_limit(mut self, limit: Duration) -> Self {
+        self.settings.shutdown_limit = limit;
+        self
+    }
+
+    /// Stops the worker when every shard was read to its tip and nothing came for this long.
+    pub fn stop_when_idle(mut self, limit: Duration) -> Self {
+        self.settings.stop_when_idle = Some(limit);
+        self
+    }
+
+    /// Checks that the stream can be read, registers the fan-out consumer and creates the lease table
+    /// where they are missing.
+    pub async fn build<H>(self) -> Result<Worker<F>, WorkerError>
+    where
+        F: Fn(&ShardId) -> H,
+        H: Handler,
+    {
+        let stream = Stream::new(&self.config, &self.stream, self.retrieval);
+        let name = self.lease_table.unwrap_or_else(|| self.application.clone());
+        let table = LeaseTable::new(&self.config, name);
+        let (opened, ensured) = tokio::join!(stream.open(&self.application), table.ensure());
+        opened?;
+        if ensured? {
+            tracing::info!(table = table.name(), "lease table created");
+        }
+        Ok(Worker { stream, table, settings: self.settings, make_handler: self.make_handler })
+    }
+}
+
+fn default_worker_id() -> String {
+    let part: u32 = rand::random();
+    format!("{}-{}-{part:08x}", crate::host::name(), std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_service_day_is_the_current_one() {
+        let now: Timestamp = "2025-07-02T05:59:59Z".parse().expect("a time");
+        let start: Timestamp = "2025-07-01T06:00:00Z".parse().expect("a time");
+        assert_eq!(StartPosition::ServiceDay.at(now), InitialPosition::At(start));
+    }
+}

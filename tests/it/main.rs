@@ -1,0 +1,10 @@
+//! The real binary and the crate against embedded servers, over sockets.
+
+mod consume;
+mod demo;
+mod errors;
+mod generate;
+mod local;
+mod produce;
+mod support;
+mod worker;

@@ -1,0 +1,248 @@
+//! The crate as an embedding service uses it.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use aws_sdk_kinesis::{Client, primitives::Blob};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tramline::{
+    Batch, Handler, Retrieval, ShardId, StartPosition, Worker, WorkerError,
+    local::{Local, LocalSettings},
+};
+
+use crate::support::{LIMIT, event, lines};
+
+const STREAM: &str = "ctd-ocs-raw-messages";
+
+/// Sends what it handles to the test.
+struct Forward(mpsc::UnboundedSender<String>);
+
+impl Handler for Forward {
+    type Error = std::convert::Infallible;
+
+    async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+        for message in batch {
+            self.0.send(message.raw().to_owned()).expect("the test listens");
+        }
+        Ok(())
+    }
+}
+
+async fn put(kinesis: &Client, line: &str) {
+    let data = Blob::new(event(line));
+    kinesis
+        .put_record()
+        .stream_name(STREAM)
+        .partition_key("k")
+        .data(data)
+        .send()
+        .await
+        .expect("a put");
+}
+
+async fn with_stream(local: &Local) -> Client {
+    let kinesis = Client::new(&local.sdk_config());
+    kinesis.create_stream().stream_name(STREAM).shard_count(1).send().await.expect("a stream");
+    kinesis
+}
+
+async fn receive(messages: &mut mpsc::UnboundedReceiver<String>, count: usize) -> Vec<String> {
+    let mut seen = Vec::new();
+    while seen.len() < count {
+        let next = tokio::time::timeout(LIMIT, messages.recv()).await;
+        seen.push(next.expect("a message in time").expect("the worker runs"));
+    }
+    seen
+}
+
+/// A worker on `local` whose messages come out of the receiver, until the token is cancelled.
+async fn start_worker(
+    local: &Local,
+    retrieval: Retrieval,
+    start: StartPosition,
+) -> (
+    mpsc::UnboundedReceiver<String>,
+    CancellationToken,
+    tokio::task::JoinHandle<Result<tramline::Report, WorkerError>>,
+) {
+    let (sender, messages) = mpsc::unbounded_channel();
+    let worker = Worker::builder(&local.sdk_config(), STREAM, "rtr")
+        .retrieval(retrieval)
+        .start(start)
+        .handler(move |_: &ShardId| Forward(sender.clone()))
+        .build()
+        .await
+        .expect("a worker");
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(worker.run(stop.clone().cancelled_owned()));
+    (messages, stop, running)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p2_a_subscription_that_ends_is_renewed_with_nothing_lost_or_repeated() {
+    let local = Local::start(LocalSettings {
+        subscription_lifetime: Duration::from_millis(300),
+        ..LocalSettings::default()
+    })
+    .await
+    .expect("servers");
+    let kinesis = with_stream(&local).await;
+    let (mut messages, stop, running) =
+        start_worker(&local, Retrieval::FanOut, StartPosition::TrimHorizon).await;
+    let mut seen = Vec::new();
+    for line in lines(0, 15) {
+        put(&kinesis, &line).await;
+        seen.extend(receive(&mut messages, 1).await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(seen, lines(0, 15));
+    stop.cancel();
+    let report = running.await.expect("no panic").expect("a clean stop");
+    assert_eq!((report.messages, report.records), (15, 15), "nothing came twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p1_an_iterator_that_expires_before_the_first_record_after_latest_skips_nothing() {
+    let local = Local::start(LocalSettings {
+        // An iterator waits for a second between idle reads, so it is too old when it is used.
+        iterator_lifetime: Duration::from_secs(1),
+        ..LocalSettings::default()
+    })
+    .await
+    .expect("servers");
+    let kinesis = with_stream(&local).await;
+    put(&kinesis, "0,DIAG,12:00:00,before").await;
+    // The embedded server cuts arrival times to the second.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let (mut messages, stop, running) =
+        start_worker(&local, Retrieval::Polling, StartPosition::Latest).await;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    for line in lines(1, 4) {
+        put(&kinesis, &line).await;
+    }
+    assert_eq!(receive(&mut messages, 3).await, lines(1, 4));
+    stop.cancel();
+    running.await.expect("no panic").expect("a clean stop");
+}
+
+/// Fails until it has been asked often enough.
+struct Stubborn {
+    failures: Arc<AtomicU32>,
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl Handler for Stubborn {
+    type Error = &'static str;
+
+    async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+        if self.failures.load(Ordering::SeqCst) > 0 {
+            self.failures.fetch_sub(1, Ordering::SeqCst);
+            return Err("the database is away");
+        }
+        let raws = batch.iter().map(|message| message.raw().to_owned());
+        self.seen.lock().expect("a lock").extend(raws);
+        Ok(())
+    }
+}
+
+async fn run_stubborn(
+    local: &Local,
+    failures: u32,
+) -> (Vec<String>, Result<tramline::Report, WorkerError>) {
+    let (failures, seen) =
+        (Arc::new(AtomicU32::new(failures)), Arc::<Mutex<Vec<String>>>::default());
+    let kept = seen.clone();
+    let result = Worker::builder(&local.sdk_config(), STREAM, "rtr")
+        .retrieval(Retrieval::Polling)
+        .stop_when_idle(Duration::from_millis(500))
+        .handler(move |_: &ShardId| Stubborn { failures: failures.clone(), seen: kept.clone() })
+        .build()
+        .await
+        .expect("a worker")
+        .run(std::future::pending())
+        .await;
+    let seen = seen.lock().expect("a lock").clone();
+    (seen, result)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p1_a_batch_that_fails_is_offered_again_and_not_passed_by_the_checkpoint() {
+    let local = Local::start(LocalSettings::default()).await.expect("servers");
+    let kinesis = with_stream(&local).await;
+    for line in lines(0, 3) {
+        put(&kinesis, &line).await;
+    }
+    let (seen, result) = run_stubborn(&local, u32::MAX).await;
+    assert!(seen.is_empty());
+    let error = result.expect_err("the handler never finishes");
+    assert!(matches!(error, WorkerError::Handler { attempts: 5, .. }), "{error}");
+    assert!(error.to_string().contains("the database is away"), "{error}");
+
+    let (seen, result) = run_stubborn(&local, 2).await;
+    assert_eq!(seen, lines(0, 3), "read again from the start: nothing was checkpointed");
+    assert_eq!(result.expect("a clean stop").messages, 3);
+}
+
+/// Panics at once.
+struct Panics;
+
+impl Handler for Panics {
+    type Error = std::convert::Infallible;
+
+    async fn handle(&mut self, _: &Batch) -> Result<(), Self::Error> {
+        panic!("as planned");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_that_panics_ends_the_worker_with_its_text() {
+    let local = Local::start(LocalSettings::default()).await.expect("servers");
+    put(&with_stream(&local).await, "1,DIAG,12:00:00,x").await;
+    let worker = Worker::builder(&local.sdk_config(), STREAM, "rtr")
+        .handler(|_: &ShardId| Panics)
+        .build()
+        .await
+        .expect("a worker");
+    let error = worker.run(std::future::pending()).await.expect_err("it panics");
+    assert!(error.to_string().contains("as planned"), "{error}");
+}
+
+/// Blocks its thread, which no async code should do.
+struct Blocks(mpsc::UnboundedSender<String>);
+
+impl Handler for Blocks {
+    type Error = std::convert::Infallible;
+
+    async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+        std::thread::sleep(Duration::from_secs(3));
+        for message in batch {
+            self.0.send(message.raw().to_owned()).expect("the test listens");
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn p4_a_handler_that_blocks_longer_than_the_lease_does_not_cost_it() {
+    let local = Local::start(LocalSettings::default()).await.expect("servers");
+    put(&with_stream(&local).await, "1,DIAG,12:00:00,x").await;
+    let (sender, mut messages) = mpsc::unbounded_channel();
+    let worker = Worker::builder(&local.sdk_config(), STREAM, "rtr")
+        .lease_duration(Duration::from_secs(1))
+        .handler(move |_: &ShardId| Blocks(sender.clone()))
+        .build()
+        .await
+        .expect("a worker");
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(worker.run(stop.clone().cancelled_owned()));
+    assert_eq!(receive(&mut messages, 1).await, ["1,DIAG,12:00:00,x"]);
+    stop.cancel();
+    let report = running.await.expect("no panic").expect("a clean stop");
+    assert_eq!(report.messages, 1, "the batch counts: the lease was held throughout");
+}
