@@ -131,7 +131,8 @@ fn unanswered(operation: &'static str, error: &(dyn Error + 'static)) -> AwsErro
     } else {
         AwsErrorKind::Unreachable
     };
-    AwsError { operation, kind, said: told(error) }
+    // The outermost text only says that the call failed.
+    AwsError { operation, kind, said: told(error.source().unwrap_or(error)) }
 }
 
 fn kind_of(code: &str) -> AwsErrorKind {

@@ -162,13 +162,9 @@ fn start_logging(global: &Global) {
         0 => LevelFilter::INFO,
         1.. => LevelFilter::DEBUG,
     };
-    let others =
-        if global.verbose >= 2 { LevelFilter::DEBUG } else { LevelFilter::WARN.min(level) };
-    // The embedded servers warn of every refusal; the client that was refused tells it better.
-    let filter = Targets::new()
-        .with_default(others)
-        .with_target("dynoxide", others.min(LevelFilter::ERROR))
-        .with_target("tramline", level);
+    // What goes wrong below us comes back as an error, which is told once and better.
+    let others = if global.verbose >= 2 { LevelFilter::DEBUG } else { LevelFilter::ERROR };
+    let filter = Targets::new().with_default(others).with_target("tramline", level);
     let registry = tracing_subscriber::registry().with(filter);
     match global.log_format {
         LogFormat::Text => {

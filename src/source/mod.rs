@@ -189,9 +189,10 @@ impl ShardReader {
             Ok(read) => Ok(read),
             Err(error) if error.kind() == AwsErrorKind::NotFound => {
                 self.link = Link::Closed;
-                // The shard's records have expired, or the whole stream is gone.
+                // The shard's records have expired, or our consumer or the whole stream is gone.
                 let listed = self.stream.shards().await?;
                 if listed.iter().any(|shard| shard.id == self.shard) {
+                    self.stream.repair_consumer().await?;
                     return Err(self.failed(error));
                 }
                 tracing::warn!(

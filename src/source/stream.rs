@@ -1,7 +1,7 @@
 //! One stream: what it is, its shards, and our consumer on it.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     time::Duration,
 };
 
@@ -32,9 +32,15 @@ struct Inner {
     region: String,
     retrieval: Retrieval,
     /// Our fan-out consumer, once it is registered.
-    consumer_arn: OnceLock<String>,
+    consumer: Mutex<Option<Consumer>>,
     /// Set when the server turns out not to know fan-out.
     polling: OnceLock<()>,
+}
+
+#[derive(Debug, Clone)]
+struct Consumer {
+    name: String,
+    arn: String,
 }
 
 impl Stream {
@@ -52,7 +58,7 @@ impl Stream {
             name: name.into(),
             region,
             retrieval,
-            consumer_arn: OnceLock::new(),
+            consumer: Mutex::new(None),
             polling: OnceLock::new(),
         }))
     }
@@ -73,8 +79,26 @@ impl Stream {
     pub(super) fn consumer_arn(&self) -> Option<String> {
         match self.0.polling.get() {
             Some(()) => None,
-            None => self.0.consumer_arn.get().cloned(),
+            None => self.consumer_lock().as_ref().map(|consumer| consumer.arn.clone()),
         }
+    }
+
+    fn consumer_lock(&self) -> MutexGuard<'_, Option<Consumer>> {
+        self.0.consumer.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// Registers our fan-out consumer again if someone removed it.
+    pub(super) async fn repair_consumer(&self) -> Result<(), SourceError> {
+        let Some(consumer) = self.consumer_lock().clone() else { return Ok(()) };
+        self.open(&consumer.name).await?;
+        if self.consumer_arn().as_deref() != Some(&consumer.arn) {
+            tracing::warn!(
+                stream = self.name(),
+                consumer = consumer.name,
+                "the fan-out consumer was removed while in use: it is registered again"
+            );
+        }
+        Ok(())
     }
 
     /// Polls from now on if that is allowed, and says so once.
@@ -100,9 +124,8 @@ impl Stream {
             return Ok(());
         }
         match self.register(&stream_arn, consumer_name).await {
-            Ok(consumer_arn) => {
-                // A second call finds the same consumer.
-                let _ = self.0.consumer_arn.set(consumer_arn);
+            Ok(arn) => {
+                *self.consumer_lock() = Some(Consumer { name: consumer_name.to_owned(), arn });
                 Ok(())
             }
             Err(SourceError::Stream { source, .. })

@@ -108,6 +108,30 @@ async fn p2_a_subscription_that_ends_is_renewed_with_nothing_lost_or_repeated() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn p1_a_fan_out_consumer_that_someone_removes_is_registered_again() {
+    let local = Local::start(LocalSettings {
+        subscription_lifetime: Duration::from_millis(500),
+        ..LocalSettings::default()
+    })
+    .await
+    .expect("servers");
+    let kinesis = with_stream(&local).await;
+    let (mut messages, stop, running) =
+        start_worker(&local, Retrieval::FanOut, StartPosition::TrimHorizon).await;
+    put(&kinesis, "1,DIAG,12:00:00,x").await;
+    receive(&mut messages, 1).await;
+    let stream_arn = "arn:aws:kinesis:us-east-1:000000000000:stream/ctd-ocs-raw-messages";
+    let remove = kinesis.deregister_stream_consumer().stream_arn(stream_arn).consumer_name("rtr");
+    remove.send().await.expect("the consumer exists");
+    put(&kinesis, "2,DIAG,12:00:00,x").await;
+    put(&kinesis, "3,DIAG,12:00:00,x").await;
+    let seen = receive(&mut messages, 2).await;
+    assert_eq!(seen, ["2,DIAG,12:00:00,x", "3,DIAG,12:00:00,x"]);
+    stop.cancel();
+    running.await.expect("no panic").expect("a clean stop");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn p1_an_iterator_that_expires_before_the_first_record_after_latest_skips_nothing() {
     let local = Local::start(LocalSettings {
         // An iterator waits for a second between idle reads, so it is too old when it is used.
