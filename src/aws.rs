@@ -49,6 +49,11 @@ pub enum AwsErrorKind {
 }
 
 impl AwsError {
+    /// An error of the operation with this IAM name, such as `dynamodb:Scan`, in AWS's words.
+    pub fn new(operation: &'static str, kind: AwsErrorKind, said: impl Into<String>) -> Self {
+        Self { operation, kind, said: said.into() }
+    }
+
     /// Why it did not succeed.
     pub fn kind(&self) -> AwsErrorKind {
         self.kind

@@ -6,38 +6,47 @@
 use std::time::Duration;
 
 use backoff::{ExponentialBackoff, backoff::Backoff as _};
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
 
 /// Doubling waits with full jitter: each wait is drawn evenly from zero to a ceiling, and the ceiling
 /// doubles up to a limit. Full jitter spreads callers that failed together (AWS Architecture Blog,
 /// "Exponential Backoff and Jitter").
-pub(crate) struct Backoff(ExponentialBackoff);
+pub(crate) struct Backoff {
+    ceilings: ExponentialBackoff,
+    rng: ChaCha8Rng,
+}
 
 impl Backoff {
-    /// `first` is the ceiling of the first wait, `ceiling` that of the last.
-    pub(crate) fn new(first: Duration, ceiling: Duration) -> Self {
-        // The crate draws from interval ± factor × interval. Half the interval with a factor of one
-        // is a draw from zero to the whole interval.
-        let mut policy = ExponentialBackoff {
-            current_interval: first / 2,
-            initial_interval: first / 2,
-            randomization_factor: 1.0,
+    /// `first` is the ceiling of the first wait, `limit` that of the last.
+    pub(crate) fn new(first: Duration, limit: Duration) -> Self {
+        Self::seeded(first, limit, rand::random())
+    }
+
+    /// The same with draws that `seed` determines.
+    pub(crate) fn seeded(first: Duration, limit: Duration, seed: u64) -> Self {
+        let mut ceilings = ExponentialBackoff {
+            current_interval: first,
+            initial_interval: first,
+            randomization_factor: 0.0,
             multiplier: 2.0,
-            max_interval: ceiling / 2,
+            max_interval: limit,
             max_elapsed_time: None,
             ..ExponentialBackoff::default()
         };
-        policy.reset();
-        Self(policy)
+        ceilings.reset();
+        Self { ceilings, rng: ChaCha8Rng::seed_from_u64(seed) }
     }
 
     /// How long to wait before the next attempt.
     pub(crate) fn next_wait(&mut self) -> Duration {
-        self.0.next_backoff().unwrap_or(self.0.max_interval)
+        let ceiling = self.ceilings.next_backoff().unwrap_or(self.ceilings.max_interval);
+        self.rng.random_range(Duration::ZERO..=ceiling)
     }
 
     /// Starts over after a success.
     pub(crate) fn reset(&mut self) {
-        self.0.reset();
+        self.ceilings.reset();
     }
 }
 
@@ -56,9 +65,14 @@ mod tests {
     }
 
     #[test]
-    fn waits_are_jittered() {
-        let mut backoff = Backoff::new(Duration::from_secs(10), Duration::from_secs(10));
-        let first = backoff.next_wait();
-        assert!((0..20).any(|_| backoff.next_wait() != first));
+    fn waits_are_jittered_and_a_seed_determines_them() {
+        let waits = |seed| {
+            let mut backoff =
+                Backoff::seeded(Duration::from_secs(10), Duration::from_secs(10), seed);
+            (0..5).map(|_| backoff.next_wait()).collect::<Vec<_>>()
+        };
+        assert_eq!(waits(1), waits(1));
+        assert_ne!(waits(1), waits(2));
+        assert!(waits(1).iter().any(|wait| *wait != waits(1)[0]));
     }
 }

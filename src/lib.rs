@@ -54,19 +54,19 @@
 
 mod aws;
 mod backoff;
-mod checkpoint;
+pub mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod feed;
 mod handler;
 mod host;
-mod lease;
+pub mod lease;
 #[cfg(feature = "local")]
 pub mod local;
 pub mod ocs;
 mod produce;
 mod record;
-mod shard;
+pub mod shard;
 mod source;
 mod worker;
 

@@ -16,7 +16,7 @@ use aws_sdk_dynamodb::{
 use aws_types::SdkConfig;
 use jiff::Timestamp;
 
-use super::{Change, Lease, LeaseError};
+use super::{Change, Lease, LeaseError, LeaseStore, Verdict, verdict};
 use crate::{
     aws::{self, AwsError, AwsErrorKind},
     checkpoint::Checkpoint,
@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Attribute names of the KCL (facts: `DynamoDBLeaseSerializer` of amazon-kinesis-client), and one of
-/// ours.
+/// two of ours.
 mod attribute {
     pub const KEY: &str = "leaseKey";
     pub const OWNER: &str = "leaseOwner";
@@ -43,6 +43,8 @@ mod attribute {
     /// Ours: epoch milliseconds where reading starts, for `LATEST` and `AT_TIMESTAMP`, for which the
     /// KCL stores no time.
     pub const START_AT: &str = "startAtMillis";
+    /// Ours: see [`Lease::bell`](super::Lease::bell).
+    pub const BELL: &str = "bell";
 }
 
 type Row = HashMap<String, AttributeValue>;
@@ -64,11 +66,6 @@ impl LeaseTable {
             .timeout_config(aws::call_timeouts())
             .build();
         Self { client: Client::from_conf(config), name: name.into() }
-    }
-
-    /// Its name.
-    pub fn name(&self) -> &str {
-        &self.name
     }
 
     /// Creates the table, paid per request, if there is none, and waits until it can be used. Tells
@@ -127,91 +124,15 @@ impl LeaseTable {
         }
     }
 
-    /// Every lease of the table, read consistently: a child whose parent's row is not seen yet would
-    /// start too early (P5). Rows that are not leases are passed over.
-    pub async fn scan(&self) -> Result<Vec<Lease>, LeaseError> {
-        let mut leases = Vec::new();
-        let mut next = None;
-        loop {
-            let page = self
-                .client
-                .scan()
-                .table_name(&self.name)
-                .consistent_read(true)
-                .set_exclusive_start_key(next)
-                .send()
-                .await
-                .map_err(|error| self.failed(aws::failure("dynamodb:Scan", error)))?;
-            for row in page.items.unwrap_or_default() {
-                leases.extend(self.read_row(&row)?);
-            }
-            next = page.last_evaluated_key.filter(|key| !key.is_empty());
-            if next.is_none() {
-                return Ok(leases);
-            }
-        }
-    }
-
-    /// Adds a lease. Tells `false` if the shard has one already, which is left as it is.
-    pub async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
-        let put = self
-            .client
-            .put_item()
-            .table_name(&self.name)
-            .set_item(Some(write_row(lease)))
-            .condition_expression("attribute_not_exists(leaseKey)")
-            .send()
-            .await;
-        match put {
-            Ok(_) => Ok(true),
-            Err(error) => match aws::failure("dynamodb:PutItem", error) {
-                error if error.kind() == AwsErrorKind::Condition => Ok(false),
-                error => Err(self.failed(error)),
-            },
-        }
-    }
-
-    /// Writes a change to a lease that was last seen as `seen`, and gives the lease as it is then.
-    ///
-    /// Refused with [`LeaseError::Lost`] if another worker wrote the lease since. Our own earlier write
-    /// whose answer got lost is recognised, and is no reason to lose the lease.
-    pub async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
-        let mut seen = seen.clone();
-        loop {
-            let wanted = seen.after(change);
-            let refused_by = match self.write(&seen, &wanted, change).await? {
-                Written::As(lease) => return Ok(lease),
-                Written::Refused(row) => row,
-            };
-            let row = match refused_by {
-                Some(row) => Some(row),
-                None => self.get(&seen.shard).await?,
-            };
-            let now = row.map(|row| self.read_row(&row)).transpose()?.flatten();
-            match verdict(&seen, &wanted, change, now) {
-                Verdict::Landed(lease) => return Ok(lease),
-                Verdict::WriteOver(lease) => seen = lease,
-                Verdict::Lost { owner } => {
-                    return Err(LeaseError::Lost { shard: seen.shard, owner });
-                }
-            }
-        }
-    }
-
-    async fn write(
-        &self,
-        seen: &Lease,
-        wanted: &Lease,
-        change: &Change,
-    ) -> Result<Written, LeaseError> {
-        let update = Update::between(seen, wanted, change);
+    async fn write(&self, seen: &Lease, change: &Change) -> Result<Written, LeaseError> {
+        let update = Update::new(seen, change);
         let answer = self
             .client
             .update_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(seen.shard.to_string()))
             .update_expression(update.expression())
-            .condition_expression("leaseCounter = :seen")
+            .condition_expression(update.condition)
             .set_expression_attribute_names(Some(update.names))
             .set_expression_attribute_values(Some(update.values))
             .return_values(ReturnValue::AllNew)
@@ -222,7 +143,7 @@ impl LeaseTable {
             Ok(answer) => {
                 // Read back: a taker sees the checkpoint as it is, not as an older scan showed it.
                 let row = answer.attributes.unwrap_or_default();
-                return Ok(Written::As(self.read_row(&row)?.unwrap_or_else(|| wanted.clone())));
+                return Ok(Written::As(self.read_row(&row)?.unwrap_or_else(|| seen.after(change))));
             }
             Err(error) => error,
         };
@@ -236,18 +157,6 @@ impl LeaseTable {
             error if error.kind() == AwsErrorKind::Condition => Ok(Written::Refused(row)),
             error => Err(self.failed(error)),
         }
-    }
-
-    async fn get(&self, shard: &ShardId) -> Result<Option<Row>, LeaseError> {
-        self.client
-            .get_item()
-            .table_name(&self.name)
-            .key(attribute::KEY, AttributeValue::S(shard.to_string()))
-            .consistent_read(true)
-            .send()
-            .await
-            .map(|answer| answer.item)
-            .map_err(|error| self.failed(aws::failure("dynamodb:GetItem", error)))
     }
 
     fn failed(&self, source: AwsError) -> LeaseError {
@@ -299,6 +208,7 @@ impl LeaseTable {
             checkpoint_owner: text(attribute::CHECKPOINT_OWNER).cloned(),
             parents: shards(attribute::PARENTS),
             children: shards(attribute::CHILDREN),
+            bell: count(attribute::BELL).unwrap_or(0),
             hash_key_range: hash_key(attribute::STARTING_HASH_KEY)
                 .zip(hash_key(attribute::ENDING_HASH_KEY))
                 .map(|(start, end)| HashKeyRange { start, end }),
@@ -329,36 +239,133 @@ fn write_row(lease: &Lease) -> Row {
     row
 }
 
+impl LeaseStore for LeaseTable {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Rows that are not leases are passed over; a lease that cannot be read is told and left alone.
+    async fn scan(&self) -> Result<Vec<Lease>, LeaseError> {
+        let mut leases = Vec::new();
+        let mut next = None;
+        loop {
+            let page = self
+                .client
+                .scan()
+                .table_name(&self.name)
+                // A child whose parent's row is not seen yet would start too early (P5).
+                .consistent_read(true)
+                .set_exclusive_start_key(next)
+                .send()
+                .await
+                .map_err(|error| self.failed(aws::failure("dynamodb:Scan", error)))?;
+            for row in page.items.unwrap_or_default() {
+                match self.read_row(&row) {
+                    Ok(lease) => leases.extend(lease),
+                    Err(error) => tracing::error!("{error}"),
+                }
+            }
+            next = page.last_evaluated_key.filter(|key| !key.is_empty());
+            if next.is_none() {
+                return Ok(leases);
+            }
+        }
+    }
+
+    async fn get(&self, shard: &ShardId) -> Result<Option<Lease>, LeaseError> {
+        let answer = self
+            .client
+            .get_item()
+            .table_name(&self.name)
+            .key(attribute::KEY, AttributeValue::S(shard.to_string()))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|error| self.failed(aws::failure("dynamodb:GetItem", error)))?;
+        Ok(answer.item.map(|row| self.read_row(&row)).transpose()?.flatten())
+    }
+
+    async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
+        let put = self
+            .client
+            .put_item()
+            .table_name(&self.name)
+            .set_item(Some(write_row(lease)))
+            .condition_expression("attribute_not_exists(leaseKey)")
+            .send()
+            .await;
+        match put {
+            Ok(_) => Ok(true),
+            Err(error) => match aws::failure("dynamodb:PutItem", error) {
+                error if error.kind() == AwsErrorKind::Condition => Ok(false),
+                error => Err(self.failed(error)),
+            },
+        }
+    }
+
+    async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
+        let mut seen = seen.clone();
+        loop {
+            let row = match self.write(&seen, change).await? {
+                Written::As(lease) => return Ok(lease),
+                Written::Refused(row) => row,
+            };
+            let now = match row {
+                Some(row) => self.read_row(&row)?,
+                None => self.get(&seen.shard).await?,
+            };
+            match verdict(&seen, change, now) {
+                Verdict::Landed(lease) => return Ok(lease),
+                Verdict::WriteOver(lease) => seen = lease,
+                Verdict::Lost { owner } => {
+                    return Err(LeaseError::Lost { shard: seen.shard, owner });
+                }
+            }
+        }
+    }
+
+    async fn delete(&self, seen: &Lease) -> Result<(), LeaseError> {
+        let deleted = self
+            .client
+            .delete_item()
+            .table_name(&self.name)
+            .key(attribute::KEY, AttributeValue::S(seen.shard.to_string()))
+            .condition_expression("leaseCounter = :seen")
+            .expression_attribute_values(":seen", number(seen.counter))
+            .send()
+            .await;
+        match deleted.map_err(|error| aws::failure("dynamodb:DeleteItem", error)) {
+            Ok(_) => Ok(()),
+            // Someone else was faster, or uses it after all.
+            Err(error) if error.kind() == AwsErrorKind::Condition => Ok(()),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    async fn ring(&self, shard: &ShardId) -> Result<(), LeaseError> {
+        let rung = self
+            .client
+            .update_item()
+            .table_name(&self.name)
+            .key(attribute::KEY, AttributeValue::S(shard.to_string()))
+            .update_expression("ADD #bell :one")
+            .condition_expression("attribute_exists(leaseKey)")
+            .expression_attribute_names("#bell", attribute::BELL)
+            .expression_attribute_values(":one", number(1))
+            .send()
+            .await;
+        match rung.map_err(|error| aws::failure("dynamodb:UpdateItem", error)) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == AwsErrorKind::Condition => Ok(()),
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+}
+
 enum Written {
     As(Lease),
     /// With the row as it is, where the server gave it.
     Refused(Option<Row>),
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Verdict {
-    Landed(Lease),
-    WriteOver(Lease),
-    Lost { owner: Option<String> },
-}
-
-/// What a refused write means, given the row as it is now.
-///
-/// Only an owner raises the counter without changing the owner. So if the row is what we wanted, or
-/// still ours and one further than we saw, an earlier write of ours got there and its answer did not.
-fn verdict(seen: &Lease, wanted: &Lease, change: &Change, now: Option<Lease>) -> Verdict {
-    match now {
-        Some(now) if now == *wanted => Verdict::Landed(now),
-        Some(now)
-            if !matches!(change, Change::Take { .. })
-                && now.owner.is_some()
-                && now.owner == seen.owner
-                && now.counter == seen.counter + 1 =>
-        {
-            Verdict::WriteOver(now)
-        }
-        now => Verdict::Lost { owner: now.and_then(|lease| lease.owner) },
-    }
 }
 
 /// The attributes an UpdateItem sets and removes; those it does not name stay as they are.
@@ -366,24 +373,46 @@ fn verdict(seen: &Lease, wanted: &Lease, change: &Change, now: Option<Lease>) ->
 struct Update {
     set: Vec<String>,
     remove: Vec<String>,
+    condition: &'static str,
     names: HashMap<String, String>,
     values: Row,
 }
 
 impl Update {
-    fn between(seen: &Lease, wanted: &Lease, change: &Change) -> Self {
-        let mut update = Self::default();
+    /// The write that leads from `seen` to `seen.after(change)`, on the condition of `may_write`.
+    fn new(seen: &Lease, change: &Change) -> Self {
+        let wanted = seen.after(change);
+        let mut update = Self { condition: "leaseCounter = :seen", ..Self::default() };
         update.values.insert(":seen".into(), number(seen.counter));
         update.set(attribute::COUNTER, number(wanted.counter));
-        if wanted.owner != seen.owner {
+        match change {
+            Change::Ask { .. } => {
+                update.condition = "leaseCounter = :seen AND leaseOwner = :owner AND \
+                                    attribute_not_exists(checkpointOwner)";
+                let owner = seen.owner.clone().unwrap_or_default();
+                update.values.insert(":owner".into(), AttributeValue::S(owner));
+            }
+            Change::Release { .. } if seen.checkpoint_owner.is_none() => {
+                update.condition = "leaseCounter = :seen AND attribute_not_exists(checkpointOwner)";
+            }
+            _ => {}
+        }
+        if wanted.owner != seen.owner
+            || matches!(change, Change::Take { .. } | Change::End { .. } | Change::Free)
+        {
             update.set_or_remove(attribute::OWNER, wanted.owner.clone().map(AttributeValue::S));
+        }
+        // Also where we saw none: KCL 2.x takers leave it behind.
+        if wanted.checkpoint_owner != seen.checkpoint_owner
+            || matches!(change, Change::Take { .. } | Change::End { .. } | Change::Free)
+        {
+            update.set_or_remove(
+                attribute::CHECKPOINT_OWNER,
+                wanted.checkpoint_owner.clone().map(AttributeValue::S),
+            );
         }
         if wanted.owner_switches_since_checkpoint != seen.owner_switches_since_checkpoint {
             update.set(attribute::OWNER_SWITCHES, number(wanted.owner_switches_since_checkpoint));
-        }
-        if let Change::Take { .. } = change {
-            // KCL 2.x takers leave it behind; it would stop the lease's checkpoints later.
-            update.set_or_remove(attribute::CHECKPOINT_OWNER, None);
         }
         if wanted.checkpoint != seen.checkpoint {
             update.set(
@@ -454,46 +483,6 @@ mod tests {
             counter,
             ..Lease::new(&shard, Checkpoint::TrimHorizon, None)
         }
-    }
-
-    fn judged(seen: &Lease, change: &Change, now: Option<Lease>) -> Verdict {
-        verdict(seen, &seen.after(change), change, now)
-    }
-
-    #[test]
-    fn p4_a_write_whose_answer_got_lost_does_not_cost_the_lease() {
-        let seen = lease(Some("me"), 4);
-        let renewed = lease(Some("me"), 5);
-        assert_eq!(
-            judged(&seen, &Change::Renew, Some(renewed.clone())),
-            Verdict::Landed(renewed.clone())
-        );
-        let checkpoint = Change::Checkpoint { checkpoint: Checkpoint::ShardEnd };
-        assert_eq!(
-            judged(&seen, &checkpoint, Some(renewed.clone())),
-            Verdict::WriteOver(renewed),
-            "an earlier renewal landed: the checkpoint goes on top of it"
-        );
-    }
-
-    #[test]
-    fn p4_a_lease_that_another_worker_wrote_is_lost() {
-        let seen = lease(Some("me"), 4);
-        let taken = Some(lease(Some("other"), 5));
-        let lost = Verdict::Lost { owner: Some("other".into()) };
-        assert_eq!(judged(&seen, &Change::Renew, taken), lost);
-        assert_eq!(judged(&seen, &Change::Renew, None), Verdict::Lost { owner: None });
-        let taken_back = Some(lease(Some("me"), 6));
-        let lost = Verdict::Lost { owner: Some("me".into()) };
-        assert_eq!(judged(&seen, &Change::Renew, taken_back), lost, "lost in between");
-    }
-
-    #[test]
-    fn p4_a_taker_does_not_take_from_an_owner_that_renewed_in_time() {
-        let seen = lease(Some("other"), 4);
-        let renewed = Some(lease(Some("other"), 5));
-        let lost = Verdict::Lost { owner: Some("other".into()) };
-        assert_eq!(judged(&seen, &Change::Take { worker: "me".into() }, renewed), lost);
     }
 
     #[test]

@@ -5,11 +5,18 @@
 //! that it saw and raises it by one, so of two writers one is refused.
 
 pub mod dynamodb;
+mod held;
+mod lease_loop;
+mod memory;
 pub mod plan;
 
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
+
+pub use held::HeldLease;
+pub use lease_loop::{LeaseLoop, Looked, Settings};
+pub use memory::{MemoryTable, Requests};
 
 use crate::{
     aws::AwsError,
@@ -34,7 +41,8 @@ pub struct Lease {
     /// Where reading started or is to start, for the checkpoints `LATEST` and `AT_TIMESTAMP`. The KCL
     /// has no attribute for it and leaves ours alone.
     pub start_at: Option<Timestamp>,
-    /// During a graceful hand-over between KCL 3.x workers: the one that may still checkpoint.
+    /// During a graceful hand-over: the worker that still reads the shard. `owner` is then the one that
+    /// waits for it.
     pub checkpoint_owner: Option<String>,
     /// The shards that must be finished before this one may start.
     pub parents: BTreeSet<ShardId>,
@@ -42,6 +50,9 @@ pub struct Lease {
     pub children: BTreeSet<ShardId>,
     /// The keys that the shard takes.
     pub hash_key_range: Option<HashKeyRange>,
+    /// Raised to make workers that only watch this row look at the whole table. Ours; the KCL leaves
+    /// it alone.
+    pub bell: u64,
 }
 
 impl Lease {
@@ -58,7 +69,18 @@ impl Lease {
             parents: shard.parents.iter().cloned().collect(),
             children: BTreeSet::new(),
             hash_key_range: shard.hash_key_range,
+            bell: 0,
         }
+    }
+
+    /// The worker that reads the shard: during a hand-over still the old one.
+    pub fn reader(&self) -> Option<&str> {
+        self.checkpoint_owner.as_deref().or(self.owner.as_deref())
+    }
+
+    /// Whether the shard is finished.
+    pub fn is_finished(&self) -> bool {
+        self.checkpoint == Checkpoint::ShardEnd
     }
 
     /// The lease as `change` leaves it.
@@ -67,12 +89,20 @@ impl Lease {
         match change {
             Change::Renew => {}
             Change::Take { worker } => {
-                let moved = [&self.owner, &self.checkpoint_owner]
-                    .into_iter()
-                    .flatten()
-                    .any(|other| other != worker);
+                let moved = self.reader().is_some_and(|reader| reader != worker);
                 lease.owner_switches_since_checkpoint += u64::from(moved);
                 lease.owner = Some(worker.clone());
+                lease.checkpoint_owner = None;
+            }
+            Change::Ask { worker } => {
+                // As the KCL's leader does it: the counter stays, so the reader's next renewal
+                // succeeds, and shows it that it was asked.
+                lease.counter = self.counter;
+                lease.checkpoint_owner = self.owner.clone();
+                lease.owner = Some(worker.clone());
+            }
+            Change::Free => {
+                lease.owner = None;
                 lease.checkpoint_owner = None;
             }
             Change::Pin { start_at } => lease.start_at = Some(*start_at),
@@ -81,12 +111,15 @@ impl Lease {
                 lease.set_checkpoint(&Checkpoint::ShardEnd);
                 lease.children.extend(children.iter().cloned());
                 lease.owner = None;
+                lease.checkpoint_owner = None;
             }
             Change::Release { checkpoint } => {
                 if let Some(checkpoint) = checkpoint {
                     lease.set_checkpoint(checkpoint);
                 }
-                lease.owner = None;
+                if lease.checkpoint_owner.take().is_none() {
+                    lease.owner = None;
+                }
             }
         }
         lease
@@ -108,6 +141,13 @@ pub enum Change {
         /// The new owner.
         worker: String,
     },
+    /// Ask the owner to hand the lease over: it finishes its batch, checkpoints and lets go.
+    Ask {
+        /// The worker that asks.
+        worker: String,
+    },
+    /// Take it from a dead worker, for nobody yet.
+    Free,
     /// Note where reading starts, before the first record of a shard is read.
     Pin {
         /// The point in time.
@@ -123,11 +163,96 @@ pub enum Change {
         /// The shards that follow it.
         children: BTreeSet<ShardId>,
     },
-    /// Let go, with a last checkpoint if there is something new, in one write.
+    /// Let go, with a last checkpoint if there is something new, in one write. During a hand-over the
+    /// lease goes to the worker that asked, else to nobody.
     Release {
         /// The last checkpoint.
         checkpoint: Option<Checkpoint>,
     },
+}
+
+/// Where leases are kept: DynamoDB, or memory for tests.
+///
+/// Reads are consistent; writes to one row happen one after the other.
+pub trait LeaseStore: Clone + Send + Sync + 'static {
+    /// Its name, for the log.
+    fn name(&self) -> &str;
+
+    /// Every lease.
+    fn scan(&self) -> impl Future<Output = Result<Vec<Lease>, LeaseError>> + Send;
+
+    /// One lease.
+    fn get(
+        &self,
+        shard: &ShardId,
+    ) -> impl Future<Output = Result<Option<Lease>, LeaseError>> + Send;
+
+    /// Adds a lease. Tells `false` if the shard has one already, which is left as it is.
+    fn create(&self, lease: &Lease) -> impl Future<Output = Result<bool, LeaseError>> + Send;
+
+    /// Writes a change to a lease that was last seen as `seen`, and gives the lease as it is then.
+    /// Refused with [`LeaseError::Lost`] if another worker wrote the lease since.
+    fn update(
+        &self,
+        seen: &Lease,
+        change: &Change,
+    ) -> impl Future<Output = Result<Lease, LeaseError>> + Send;
+
+    /// Removes a lease that nobody wrote since it was last seen as `seen`.
+    fn delete(&self, seen: &Lease) -> impl Future<Output = Result<(), LeaseError>> + Send;
+
+    /// Raises the bell of a lease, whatever its state is. No lease, no bell.
+    fn ring(&self, shard: &ShardId) -> impl Future<Output = Result<(), LeaseError>> + Send;
+}
+
+/// What a refused write means, given the row as it is now.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is written: an earlier attempt got there.
+    Landed(Lease),
+    /// The lease is still ours, one write further than we saw: write again, on top of this.
+    WriteOver(Lease),
+    /// Another worker wrote it.
+    Lost {
+        /// The owner now.
+        owner: Option<String>,
+    },
+}
+
+/// Decides what a refused write means.
+///
+/// Only a reader raises the counter and stays the reader. So if the row is what we wanted, or still
+/// read by the same worker and one further than we saw, an earlier write of ours got there and its
+/// answer did not. A worker that asks for the lease changes the owner but not the counter; only a
+/// release, which has to know the new owner, is refused for that.
+pub(crate) fn verdict(seen: &Lease, change: &Change, now: Option<Lease>) -> Verdict {
+    let wanted = seen.after(change);
+    let writes_as_reader =
+        !matches!(change, Change::Take { .. } | Change::Ask { .. } | Change::Free);
+    match now {
+        Some(now) if Lease { bell: wanted.bell, ..now.clone() } == wanted => Verdict::Landed(now),
+        Some(now)
+            if writes_as_reader
+                && now.reader().is_some()
+                && now.reader() == seen.reader()
+                && (now.counter == seen.counter + 1
+                    || (now.counter == seen.counter && now.owner != seen.owner)) =>
+        {
+            Verdict::WriteOver(now)
+        }
+        now => Verdict::Lost { owner: now.and_then(|lease| lease.owner) },
+    }
+}
+
+/// Whether a row may be changed by a worker that last saw it as `seen`. DynamoDB decides the same by
+/// the write's condition.
+pub(crate) fn may_write(seen: &Lease, change: &Change, row: &Lease) -> bool {
+    row.counter == seen.counter
+        && match change {
+            Change::Ask { .. } => row.owner == seen.owner && row.checkpoint_owner.is_none(),
+            Change::Release { .. } => row.checkpoint_owner == seen.checkpoint_owner,
+            _ => true,
+        }
 }
 
 /// Why a lease could not be read or written.
@@ -174,4 +299,77 @@ pub enum LeaseError {
         /// How long we waited.
         waited_secs: u64,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease(owner: Option<&str>, counter: u64) -> Lease {
+        let shard = Shard { id: "a".into(), parents: vec![], hash_key_range: None, closed: false };
+        Lease {
+            owner: owner.map(str::to_owned),
+            counter,
+            ..Lease::new(&shard, Checkpoint::TrimHorizon, None)
+        }
+    }
+
+    fn judged(seen: &Lease, change: &Change, now: Option<Lease>) -> Verdict {
+        verdict(seen, change, now)
+    }
+
+    #[test]
+    fn p4_a_write_whose_answer_got_lost_does_not_cost_the_lease() {
+        let seen = lease(Some("me"), 4);
+        let renewed = lease(Some("me"), 5);
+        assert_eq!(
+            judged(&seen, &Change::Renew, Some(renewed.clone())),
+            Verdict::Landed(renewed.clone())
+        );
+        let checkpoint = Change::Checkpoint { checkpoint: Checkpoint::ShardEnd };
+        assert_eq!(
+            judged(&seen, &checkpoint, Some(renewed.clone())),
+            Verdict::WriteOver(renewed),
+            "an earlier renewal landed: the checkpoint goes on top of it"
+        );
+    }
+
+    #[test]
+    fn p4_a_lease_that_another_worker_wrote_is_lost() {
+        let seen = lease(Some("me"), 4);
+        let taken = Some(lease(Some("other"), 5));
+        let lost = Verdict::Lost { owner: Some("other".into()) };
+        assert_eq!(judged(&seen, &Change::Renew, taken), lost);
+        assert_eq!(judged(&seen, &Change::Renew, None), Verdict::Lost { owner: None });
+        let taken_back = Some(lease(Some("me"), 6));
+        let lost = Verdict::Lost { owner: Some("me".into()) };
+        assert_eq!(judged(&seen, &Change::Renew, taken_back), lost, "lost in between");
+    }
+
+    #[test]
+    fn p4_a_taker_does_not_take_from_an_owner_that_renewed_in_time() {
+        let seen = lease(Some("other"), 4);
+        let renewed = Some(lease(Some("other"), 5));
+        let lost = Verdict::Lost { owner: Some("other".into()) };
+        assert_eq!(judged(&seen, &Change::Take { worker: "me".into() }, renewed), lost);
+    }
+
+    #[test]
+    fn p6_a_hand_over_goes_through_the_reader() {
+        let read_by_a = lease(Some("a"), 4);
+        let asked = read_by_a.after(&Change::Ask { worker: "b".into() });
+        assert_eq!((asked.owner.as_deref(), asked.reader()), (Some("b"), Some("a")));
+        assert_eq!(asked.counter, 4, "the reader's renewals go on to succeed");
+        let let_go = asked.after(&Change::Release { checkpoint: None });
+        assert_eq!((let_go.owner.as_deref(), let_go.reader()), (Some("b"), Some("b")));
+    }
+
+    #[test]
+    fn p6_a_reader_that_does_not_know_yet_that_it_was_asked_releases_to_the_one_that_asked() {
+        let read_by_a = lease(Some("a"), 4);
+        let asked = read_by_a.after(&Change::Ask { worker: "b".into() });
+        let release = Change::Release { checkpoint: None };
+        assert!(!may_write(&read_by_a, &release, &asked));
+        assert_eq!(judged(&read_by_a, &release, Some(asked.clone())), Verdict::WriteOver(asked));
+    }
 }

@@ -1,18 +1,17 @@
 //! The running of it: one worker per process, one task per shard that it owns.
 //!
 //! ```text
-//! Worker::run ── every 5 s: look at the lease table, take what is free
+//! Worker::run ── LeaseLoop: looks at the lease table, takes, asks for and hands over leases
 //!     └─ one task per shard:  Prefetch → unpack → Handler → checkpoint
 //!            └─ HeldLease: renewed on the side, whatever the handler does
 //! ```
 
-mod held_lease;
 mod settings;
 mod shard_task;
 mod signal;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     pin::pin,
     sync::{
         Arc,
@@ -33,20 +32,15 @@ pub use signal::shutdown_signal;
 
 use crate::{
     handler::Handler,
-    lease::{
-        Change, Lease, LeaseError,
-        dynamodb::LeaseTable,
-        plan::{self, Observations, Planner},
-    },
-    shard::{self, InitialPosition, ShardId},
+    lease::{self, HeldLease, LeaseError, LeaseLoop, Looked, dynamodb::LeaseTable},
+    shard::{InitialPosition, ShardId},
     source::{SourceError, Stream},
 };
-use held_lease::HeldLease;
 use settings::Settings;
 use shard_task::{Outcome, ShardTask};
 
-/// How often the lease table is looked at.
-const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How long to wait when the lease table cannot be looked at.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How often the stream is asked for new shards; besides, it is asked whenever a shard ends.
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
 const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
@@ -194,11 +188,17 @@ where
             stop: CancellationToken::new(),
             tasks: JoinSet::new(),
             shard_of_task: BTreeMap::new(),
-            held: BTreeMap::new(),
-            observed: Observations::default(),
-            unattended: true,
+            leases: LeaseLoop::new(
+                self.table.clone(),
+                lease::Settings {
+                    worker: self.settings.worker_id.clone(),
+                    max_leases: self.settings.max_leases,
+                    lease_duration: self.settings.lease_duration,
+                    hand_over_limit: self.settings.hand_over_limit,
+                    seed: rand::random(),
+                },
+            ),
             discover_at: None,
-            looked: false,
             failing: false,
             counters: counters.clone(),
             worker: &self,
@@ -223,10 +223,10 @@ where
                     }
                 }
                 () = sleep_until(look_at) => {
-                    if let Err(error) = running.look().await {
-                        break Err(error);
+                    match running.look().await {
+                        Ok(again_at) => look_at = again_at,
+                        Err(error) => break Err(error),
                     }
-                    look_at = Instant::now() + LOOK_INTERVAL;
                 }
             }
         };
@@ -250,14 +250,9 @@ struct Running<'a, F> {
     stop: CancellationToken,
     tasks: JoinSet<Outcome>,
     shard_of_task: BTreeMap<tokio::task::Id, ShardId>,
-    held: BTreeMap<ShardId, Arc<HeldLease>>,
-    observed: Observations,
-    /// Whether some shard is not finished and, as far as we know, read by nobody.
-    unattended: bool,
+    leases: LeaseLoop<LeaseTable>,
     /// When to ask for shards next; `None` means now.
     discover_at: Option<Instant>,
-    /// Whether a look at the table has succeeded.
-    looked: bool,
     /// Whether the last look failed, so that an outage is told once.
     failing: bool,
     counters: Arc<Counters>,
@@ -270,110 +265,57 @@ where
     F: Fn(&ShardId) -> H,
     H: Handler,
 {
-    /// Looks at the table, takes what is free and starts to read it. An error ends the worker.
-    async fn look(&mut self) -> Result<(), WorkerError> {
-        match self.try_look().await {
-            Ok(()) => {
-                if self.failing {
-                    tracing::info!("the lease table can be read again");
+    /// Looks at the table, starts to read what it got, and tells when to look again. An error ends the
+    /// worker.
+    async fn look(&mut self) -> Result<Instant, WorkerError> {
+        let had_looked = self.leases.has_looked();
+        let (again_at, error) = match self.try_look().await {
+            Ok(Looked { again_at, error, taken }) => {
+                for held in taken {
+                    self.start(held).await;
                 }
-                self.failing = false;
-                self.looked = true;
-                Ok(())
+                (again_at, error.map(WorkerError::from))
             }
             // What never worked is a mistake in the set-up. What worked once may work again.
-            Err(error) if !self.looked => Err(error),
-            Err(error) => {
-                if !self.failing {
-                    tracing::warn!(
-                        "{error}; shards that this worker has are read on while their leases can be \
-                         renewed; trying again every {} s",
-                        LOOK_INTERVAL.as_secs()
-                    );
-                }
-                self.failing = true;
-                Ok(())
-            }
-        }
-    }
-
-    async fn try_look(&mut self) -> Result<(), WorkerError> {
-        let mut snapshot = self.worker.table.scan().await?;
-        if self.discover_at.is_none_or(|at| Instant::now() >= at) {
-            snapshot.extend(self.create_missing(&snapshot).await?);
-            self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
-        }
-        let now = Instant::now();
-        self.observed.see(&snapshot, now);
-        let held: BTreeSet<ShardId> = self.held.keys().cloned().collect();
-        let planner = Planner {
-            worker: &self.worker.settings.worker_id,
-            held: &held,
-            adopt: !self.looked,
-            lease_duration: self.worker.settings.lease_duration,
+            Err(error) if !had_looked => return Err(error),
+            Err(error) => (Instant::now() + LOOK_AGAIN, Some(error)),
         };
-        let takes = plan::to_take(&snapshot, &self.observed, &planner, now);
-        for lease in takes {
-            self.take(lease).await?;
+        match &error {
+            None if self.failing => tracing::info!("the lease table can be used again"),
+            Some(error) if !self.failing => tracing::warn!(
+                "{error}; shards that this worker has are read on while their leases can be renewed; \
+                 trying again"
+            ),
+            _ => {}
         }
-        let held: BTreeSet<ShardId> = self.held.keys().cloned().collect();
-        self.unattended = plan::unattended(&snapshot, &self.observed, &held);
-        Ok(())
+        self.failing = error.is_some();
+        Ok(again_at)
     }
 
-    /// Creates the leases that the stream's shards ought to have, and gives those that are new.
-    async fn create_missing(&self, snapshot: &[Lease]) -> Result<Vec<Lease>, WorkerError> {
+    async fn try_look(&mut self) -> Result<Looked<LeaseTable>, WorkerError> {
+        // A worker that only watches the bell leaves discovery to those that watch the table.
+        if self.leases.watches_bell() || self.discover_at.is_some_and(|at| Instant::now() < at) {
+            return Ok(self.leases.look(None).await?);
+        }
         let listed = self.worker.stream.shards().await?;
-        let leased = snapshot.iter().map(|lease| lease.shard.clone()).collect();
-        let mut created = Vec::new();
-        for (shard, checkpoint) in shard::missing_leases(&listed, &leased, self.initial) {
-            let lease = Lease::new(&shard, checkpoint, self.initial.time());
-            if self.worker.table.create(&lease).await? {
-                tracing::info!(
-                    stream = self.worker.stream.name(), shard = %lease.shard,
-                    start = %lease.checkpoint, "lease created"
-                );
-                created.push(lease);
-            }
-        }
-        Ok(created)
+        let looked = self.leases.look(Some((&listed, self.initial))).await?;
+        self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
+        Ok(looked)
     }
 
-    async fn take(&mut self, lease: &Lease) -> Result<(), WorkerError> {
-        let settings = &self.worker.settings;
-        let taken_at = Instant::now();
-        let change = Change::Take { worker: settings.worker_id.clone() };
-        let taken = match self.worker.table.update(lease, &change).await {
-            Ok(taken) => taken,
-            // Another worker was faster.
-            Err(LeaseError::Lost { .. }) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        tracing::info!(
-            stream = self.worker.stream.name(), shard = %taken.shard, counter = taken.counter,
-            checkpoint = %taken.checkpoint, from = lease.owner.as_deref().unwrap_or("nobody"),
-            "lease taken"
-        );
-        let shard = taken.shard.clone();
-        let held = Arc::new(HeldLease::new(
-            self.worker.table.clone(),
-            taken,
-            taken_at,
-            settings.lease_duration,
-        ));
+    async fn start(&mut self, held: Arc<HeldLease<LeaseTable>>) {
+        let shard = held.lease().await.shard;
         let task = ShardTask {
             stream: self.worker.stream.clone(),
-            held: held.clone(),
+            held,
             initial: self.initial,
             stop: self.stop.clone(),
             counters: self.counters.clone(),
-            settings: settings.clone(),
+            settings: self.worker.settings.clone(),
         };
         self.counters.note_activity();
         let id = self.tasks.spawn(task.run((self.worker.make_handler)(&shard))).id();
-        self.shard_of_task.insert(id, shard.clone());
-        self.held.insert(shard, held);
-        Ok(())
+        self.shard_of_task.insert(id, shard);
     }
 
     /// Takes note of a task that is over. Tells whether to look at the table at once.
@@ -383,14 +325,14 @@ where
             Err(error) => error.id(),
         };
         let shard = self.shard_of_task.remove(&id).unwrap_or_else(|| "unknown".into());
-        self.held.remove(&shard);
+        self.leases.done(&shard);
         match done {
             Ok((_, Outcome::Ended)) => {
                 self.counters.note_activity();
                 self.discover_at = None;
                 Ok(true)
             }
-            Ok((_, Outcome::Lost | Outcome::Stopped)) => Ok(false),
+            Ok((_, Outcome::Lost | Outcome::Stopped | Outcome::HandedOver)) => Ok(false),
             Ok((_, Outcome::Failed(error))) => Err(error),
             Err(error) => Err(WorkerError::Panic { shard, reason: panic_text(error) }),
         }
@@ -398,9 +340,9 @@ where
 
     /// Whether every shard has been at its tip for `limit`.
     fn is_idle(&self, limit: Duration) -> bool {
-        self.looked
-            && !self.unattended
-            && self.held.values().all(|held| held.is_caught_up())
+        self.leases.has_looked()
+            && !self.leases.unattended()
+            && self.leases.held().all(|held| held.is_caught_up())
             && self.counters.quiet_for() >= limit
     }
 
@@ -411,7 +353,7 @@ where
         let mut result = Ok(());
         loop {
             match tokio::time::timeout_at(give_up, self.tasks.join_next_with_id()).await {
-                Ok(None) => return result,
+                Ok(None) => break,
                 Ok(Some(done)) => result = result.and(self.task_done(done).map(|_| ())),
                 Err(_) => {
                     return Err(WorkerError::ShutdownLimit {
@@ -422,6 +364,11 @@ where
                 }
             }
         }
+        // The others need not wait until they look: there are leases to take.
+        if let Err(error) = self.leases.ring().await {
+            tracing::debug!("the other workers were not told of the stop: {error}");
+        }
+        result
     }
 }
 

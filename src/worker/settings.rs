@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use super::{Worker, WorkerError};
 use crate::{
     handler::Handler,
-    lease::dynamodb::LeaseTable,
+    lease::{LeaseStore as _, dynamodb::LeaseTable},
     ocs::ServiceDay,
     shard::{InitialPosition, ShardId},
     source::{Retrieval, Stream},
@@ -45,7 +45,9 @@ impl StartPosition {
 pub(super) struct Settings {
     pub worker_id: String,
     pub start: StartPosition,
+    pub max_leases: usize,
     pub lease_duration: Duration,
+    pub hand_over_limit: Duration,
     pub checkpoint_interval: Duration,
     pub prefetch_bytes: u32,
     pub shutdown_limit: Duration,
@@ -74,7 +76,9 @@ impl WorkerBuilder<()> {
             settings: Settings {
                 worker_id: default_worker_id(),
                 start: StartPosition::default(),
+                max_leases: usize::MAX,
                 lease_duration: Duration::from_secs(10),
+                hand_over_limit: Duration::from_secs(30),
                 checkpoint_interval: Duration::from_secs(5),
                 prefetch_bytes: 8 * 1024 * 1024,
                 shutdown_limit: Duration::from_secs(30),
@@ -133,6 +137,19 @@ impl<F> WorkerBuilder<F> {
     /// died. It is renewed when two fifths of it have passed. Default: 10 s.
     pub fn lease_duration(mut self, duration: Duration) -> Self {
         self.settings.lease_duration = duration;
+        self
+    }
+
+    /// The most shards that this worker reads. Others read the rest. Default: no limit.
+    pub fn max_leases(mut self, limit: usize) -> Self {
+        self.settings.max_leases = limit;
+        self
+    }
+
+    /// How long a worker that is asked to hand a shard over may take to finish its batch, before the
+    /// shard is taken from it. Default: 30 s.
+    pub fn hand_over_limit(mut self, limit: Duration) -> Self {
+        self.settings.hand_over_limit = limit;
         self
     }
 

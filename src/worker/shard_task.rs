@@ -10,12 +10,12 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-use super::{Counters, HeldLease, Settings, WorkerError};
+use super::{Counters, Settings, WorkerError};
 use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
     handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace},
-    lease::{Change, Lease, LeaseError},
+    lease::{Change, HeldLease, Lease, LeaseError, LeaseStore as _, dynamodb::LeaseTable},
     record::{ShardName, unpack},
     shard::{ChildShard, InitialPosition, Shard},
     source::{Place, Prefetch, Read, ShardReader, Stream},
@@ -26,7 +26,7 @@ const HANDLER_ATTEMPTS: u32 = 5;
 
 pub(super) struct ShardTask {
     pub stream: Stream,
-    pub held: Arc<HeldLease>,
+    pub held: Arc<HeldLease<LeaseTable>>,
     pub initial: InitialPosition,
     pub stop: CancellationToken,
     pub counters: Arc<Counters>,
@@ -40,6 +40,8 @@ pub(super) enum Outcome {
     Ended,
     /// Another worker has it.
     Lost,
+    /// Another worker asked for it, and may start.
+    HandedOver,
     /// The worker stops; the lease is free.
     Stopped,
     /// It cannot go on; the lease is free.
@@ -49,6 +51,7 @@ pub(super) enum Outcome {
 /// Why a step of the task did not lead to the next one.
 enum Interrupt {
     Lost,
+    Asked,
     Stopped,
     Failed(WorkerError),
 }
@@ -116,11 +119,12 @@ impl ShardTask {
                 Outcome::Ended
             }
             Some(Interrupt::Lost) => Outcome::Lost,
-            Some(Interrupt::Stopped) => {
+            Some(interrupt @ (Interrupt::Stopped | Interrupt::Asked)) => {
                 handler.stopping().await;
-                match self.release(&progress).await {
-                    Ok(()) => Outcome::Stopped,
-                    Err(error) => Outcome::Failed(error.into()),
+                match (self.release(&progress).await, interrupt) {
+                    (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
+                    (Ok(()), _) => Outcome::Stopped,
+                    (Err(error), _) => Outcome::Failed(error.into()),
                 }
             }
             Some(Interrupt::Failed(error)) => {
@@ -149,6 +153,7 @@ impl ShardTask {
             let prefetched = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Interrupt::Stopped),
+                () = self.held.asked() => return Err(Interrupt::Asked),
                 () = sleep_until(progress.next_checkpoint), if !progress.stored => {
                     self.checkpoint(progress).await?;
                     continue;
@@ -189,7 +194,7 @@ impl ShardTask {
         };
         // The table keeps milliseconds.
         let start_at = Timestamp::from_millisecond(start_at.as_millisecond()).unwrap_or(start_at);
-        self.held.write(&Change::Pin { start_at }).await?;
+        self.held.write_surely(&Change::Pin { start_at }).await?;
         match lease.checkpoint {
             Checkpoint::Latest => Ok(Place::Latest),
             _ => Ok(Place::Time(start_at)),
@@ -303,7 +308,8 @@ impl ShardTask {
     }
 
     async fn release(&self, progress: &Progress) -> Result<(), LeaseError> {
-        match self.held.write(&Change::Release { checkpoint: progress.unstored() }).await {
+        let change = Change::Release { checkpoint: progress.unstored() };
+        match self.held.write_surely(&change).await {
             Ok(()) => {
                 tracing::info!("lease released");
                 Ok(())
@@ -324,12 +330,24 @@ impl ShardTask {
                 closed: false,
             };
             let lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
-            if self.held.table().create(&lease).await? {
-                tracing::info!(child = %child.id, "lease created for the shard that follows");
+            let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
+            loop {
+                match self.held.store().create(&lease).await {
+                    Ok(true) => {
+                        tracing::info!(child = %child.id, "lease created for a child shard")
+                    }
+                    Ok(false) => {}
+                    Err(error) => {
+                        tracing::warn!("{error}; trying again while the lease is ours");
+                        tokio::time::sleep(backoff.next_wait()).await;
+                        continue;
+                    }
+                }
+                break;
             }
         }
         let children = children.into_iter().map(|child| child.id).collect();
-        Ok(self.held.write(&Change::End { children }).await?)
+        Ok(self.held.write_surely(&Change::End { children }).await?)
     }
 }
 

@@ -1,0 +1,194 @@
+//! A lease that this worker has.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use super::{Change, Lease, LeaseError, LeaseStore, plan};
+use crate::backoff::Backoff;
+
+const RETRY_FIRST: Duration = Duration::from_millis(200);
+const RETRY_LIMIT: Duration = Duration::from_secs(2);
+
+/// A lease that this worker has, until it loses it or lets go.
+///
+/// Renewed on the side by [`keep`](Self::keep), so that neither a slow handler nor a full buffer costs
+/// the lease. Other workers count the lease duration from when they see it move, which is after our
+/// write began; we count nine tenths of it from when it began. So we stop before they start, also when
+/// our clock is slower than theirs by up to a tenth (P4).
+#[derive(Debug)]
+pub struct HeldLease<S> {
+    store: S,
+    duration: Duration,
+    seed: u64,
+    /// Renewals and checkpoints both move the counter: one at a time.
+    lease: tokio::sync::Mutex<Lease>,
+    /// When the last successful write began.
+    written_at: Mutex<Instant>,
+    lost: CancellationToken,
+    asked: CancellationToken,
+    caught_up: AtomicBool,
+}
+
+impl<S: LeaseStore> HeldLease<S> {
+    pub(super) fn new(
+        store: S,
+        lease: Lease,
+        taken_at: Instant,
+        duration: Duration,
+        seed: u64,
+    ) -> Self {
+        Self {
+            store,
+            duration,
+            seed: seed ^ lease.counter,
+            lease: lease.into(),
+            written_at: taken_at.into(),
+            lost: CancellationToken::new(),
+            asked: CancellationToken::new(),
+            caught_up: AtomicBool::new(false),
+        }
+    }
+
+    /// The table that it is in.
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// The lease as it was last written.
+    pub async fn lease(&self) -> Lease {
+        self.lease.lock().await.clone()
+    }
+
+    /// Whether it is certain that no other worker has the shard. After a pause of the whole process
+    /// the clock knows it before any task does.
+    pub fn is_valid(&self) -> bool {
+        !self.lost.is_cancelled() && Instant::now() < self.valid_until()
+    }
+
+    /// Completes when the lease is lost.
+    pub async fn lost(&self) {
+        self.lost.cancelled().await;
+    }
+
+    /// Notes that another worker has asked for the lease.
+    pub(super) fn ask(&self) {
+        self.asked.cancel();
+    }
+
+    /// Completes when another worker has asked for the lease: finish the batch and let go.
+    pub async fn asked(&self) {
+        self.asked.cancelled().await;
+    }
+
+    /// Whether the last read found nothing more.
+    pub fn is_caught_up(&self) -> bool {
+        self.caught_up.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether the last read found nothing more.
+    pub fn set_caught_up(&self, caught_up: bool) {
+        self.caught_up.store(caught_up, Ordering::Relaxed);
+    }
+
+    /// Writes a change. Refused if another worker wrote the lease: then it is lost.
+    pub async fn write(&self, change: &Change) -> Result<(), LeaseError> {
+        let mut lease = self.lease.lock().await;
+        let began = Instant::now();
+        match self.store.update(&lease, change).await {
+            Ok(written) => {
+                if written.checkpoint_owner.is_some() {
+                    self.ask();
+                }
+                *lease = written;
+                *self.written_at_lock() = began;
+                Ok(())
+            }
+            Err(error) => {
+                if let LeaseError::Lost { .. } = error {
+                    self.lost.cancel();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes a change that must not be given up: tries again until it is written or the lease is lost.
+    pub async fn write_surely(&self, change: &Change) -> Result<(), LeaseError> {
+        let mut backoff = Backoff::seeded(RETRY_FIRST, RETRY_LIMIT, self.seed);
+        loop {
+            match self.write(change).await {
+                Err(error) if !matches!(error, LeaseError::Lost { .. }) && self.is_valid() => {
+                    tracing::warn!("{error}; trying again while the lease is ours");
+                    tokio::time::sleep(backoff.next_wait()).await;
+                }
+                written => return written,
+            }
+        }
+    }
+
+    /// Renews the lease until it is lost. To be run beside whatever reads the shard.
+    pub async fn keep(self: Arc<Self>) {
+        let mut backoff = Backoff::seeded(RETRY_FIRST, RETRY_LIMIT, self.seed);
+        let mut failed = false;
+        loop {
+            match plan::renewal(self.written_at(), self.duration, Instant::now()) {
+                plan::Renewal::NotBefore(due) => {
+                    sleep_until(due).await;
+                    continue; // A checkpoint may have been written meanwhile: that renews too.
+                }
+                plan::Renewal::TooLate => {
+                    tracing::error!(
+                        "lease not renewed for {:?}: delivery of the shard stops, because another \
+                         worker may start; check that DynamoDB can be reached",
+                        self.duration
+                    );
+                    self.lost.cancel();
+                    return;
+                }
+                plan::Renewal::Due => {}
+            }
+            match timeout_at(self.valid_until(), self.write(&Change::Renew)).await {
+                Ok(Ok(())) => {
+                    if std::mem::take(&mut failed) {
+                        tracing::info!("lease renewed again");
+                    }
+                    backoff.reset();
+                }
+                Ok(Err(LeaseError::Lost { shard, owner })) => {
+                    tracing::warn!(
+                        %shard, owner = owner.as_deref().unwrap_or("nobody"),
+                        "lease lost: another worker has it; delivery of the shard stops here"
+                    );
+                    return;
+                }
+                Ok(Err(error)) => {
+                    if !std::mem::replace(&mut failed, true) {
+                        tracing::warn!("lease not renewed: {error}; trying again");
+                    }
+                    tokio::time::sleep(backoff.next_wait()).await;
+                }
+                Err(_) => {} // Too late: told above.
+            }
+        }
+    }
+
+    fn written_at(&self) -> Instant {
+        *self.written_at_lock()
+    }
+
+    fn written_at_lock(&self) -> MutexGuard<'_, Instant> {
+        self.written_at.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    fn valid_until(&self) -> Instant {
+        plan::usable_until(self.written_at(), self.duration)
+    }
+}

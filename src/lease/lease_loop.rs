@@ -1,0 +1,271 @@
+//! Carries out the plan: looks at the table, acts by conditional writes, and hands out what it got.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures_util::{StreamExt as _, stream};
+use tokio::time::Instant;
+
+use super::{
+    Change, HeldLease, Lease, LeaseError, LeaseStore,
+    plan::{self, Action, Observations, Planner, Watch},
+};
+use crate::shard::{InitialPosition, Shard, ShardId, missing_leases};
+
+/// How many writes are under way at once.
+const CONCURRENT_WRITES: usize = 16;
+/// A worker that only watches the bell looks at the table this often all the same.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+
+/// How leases are taken and kept.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The name of this worker.
+    pub worker: String,
+    /// The most leases that it may hold.
+    pub max_leases: usize,
+    /// How long a lease lasts without renewal.
+    pub lease_duration: Duration,
+    /// How long a reader that was asked may take to let go.
+    pub hand_over_limit: Duration,
+    /// Determines the jitter of retries.
+    pub seed: u64,
+}
+
+/// What a look at the table led to.
+#[derive(Debug)]
+pub struct Looked<S> {
+    /// Leases that this worker has now: start to read their shards.
+    pub taken: Vec<Arc<HeldLease<S>>>,
+    /// When to look again.
+    pub again_at: Instant,
+    /// The first thing that could not be carried out, if any; the next look plans it again.
+    pub error: Option<LeaseError>,
+}
+
+/// The dealings of one worker with the lease table.
+#[derive(Debug)]
+pub struct LeaseLoop<S> {
+    store: S,
+    settings: Settings,
+    held: BTreeMap<ShardId, Arc<HeldLease<S>>>,
+    asked: BTreeMap<ShardId, Instant>,
+    observed: Observations,
+    snapshot: Vec<Lease>,
+    /// When the table was last looked at.
+    looked_at: Option<Instant>,
+    watch: Watch,
+}
+
+impl<S: LeaseStore> LeaseLoop<S> {
+    /// The dealings of a worker that has no lease yet.
+    pub fn new(store: S, settings: Settings) -> Self {
+        Self {
+            store,
+            settings,
+            held: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            observed: Observations::default(),
+            snapshot: Vec::new(),
+            looked_at: None,
+            watch: Watch::Table(Duration::ZERO),
+        }
+    }
+
+    /// The leases that the worker has.
+    pub fn held(&self) -> impl Iterator<Item = &Arc<HeldLease<S>>> {
+        self.held.values()
+    }
+
+    /// Whether a look at the table has succeeded.
+    pub fn has_looked(&self) -> bool {
+        self.looked_at.is_some()
+    }
+
+    /// Whether some unfinished shard has, as far as this worker can tell, nobody who reads it.
+    pub fn unattended(&self) -> bool {
+        let held = self.held.keys().cloned().collect();
+        plan::unattended(&self.snapshot, &self.observed, &held)
+    }
+
+    /// Takes note that a shard is not read here any more: it was lost, handed over, released or ended.
+    pub fn done(&mut self, shard: &ShardId) {
+        self.held.remove(shard);
+    }
+
+    /// Whether the next look is only at the bell.
+    pub fn watches_bell(&self) -> bool {
+        matches!(self.watch, Watch::Bell(..))
+    }
+
+    /// Looks whether there is something to do, and does it. With the stream's shards, `listed`, it also
+    /// creates the leases that they ought to have.
+    pub async fn look(
+        &mut self,
+        listed: Option<(&[Shard], InitialPosition)>,
+    ) -> Result<Looked<S>, LeaseError> {
+        if let (Watch::Bell(row, interval), Some(looked_at)) = (self.watch.clone(), self.looked_at)
+            && looked_at.elapsed() < LOOK_AT_LEAST_EVERY
+            && !self.bell_rings(&row).await?
+        {
+            let again_at = Instant::now() + interval;
+            return Ok(Looked { taken: Vec::new(), again_at, error: None });
+        }
+        self.snapshot = self.store.scan().await?;
+        if let Some((listed, initial)) = listed {
+            self.create_missing(listed, initial).await?;
+        }
+        self.snapshot.sort_by(|a, b| a.shard.cmp(&b.shard));
+        let now = Instant::now();
+        self.observed.see(&self.snapshot, now);
+        self.asked.retain(|shard, _| {
+            self.snapshot.iter().any(|lease| {
+                lease.shard == *shard && lease.owner.as_deref() == Some(&self.settings.worker)
+            })
+        });
+        for lease in &self.snapshot {
+            if lease.checkpoint_owner.as_deref() == Some(&self.settings.worker)
+                && let Some(held) = self.held.get(&lease.shard)
+            {
+                held.ask();
+            }
+        }
+        let actions = self.with_planner(|snapshot, observed, planner| {
+            plan::plan(snapshot, observed, planner, now)
+        });
+        let freed = actions.iter().any(|action| matches!(action, Action::Free(_)));
+
+        let results: Vec<(Action, Instant, Result<Option<Lease>, LeaseError>)> =
+            stream::iter(actions)
+                .map(|action| async {
+                    let began = Instant::now();
+                    let result = self.carry_out(&action).await;
+                    (action, began, result)
+                })
+                .buffer_unordered(CONCURRENT_WRITES)
+                .collect()
+                .await;
+        self.looked_at = Some(now);
+        let mut taken = Vec::new();
+        let mut failed = None;
+        for (action, began, result) in results {
+            match (action, result) {
+                (Action::Take(_), Ok(Some(lease))) => taken.push(self.hold(lease, began)),
+                (Action::Ask(_), Ok(Some(lease))) => {
+                    self.asked.insert(lease.shard, now);
+                }
+                // Another worker was faster.
+                (_, Ok(_) | Err(LeaseError::Lost { .. })) => {}
+                (action, Err(error)) => {
+                    if let Action::Take(lease) | Action::Ask(lease) = action {
+                        // It may have been written all the same: then the row will name us.
+                        self.asked.insert(lease.shard, now);
+                    }
+                    failed = failed.or(Some(error));
+                }
+            }
+        }
+        if freed {
+            failed = failed.or(self.ring().await.err());
+        }
+        self.watch = self.with_planner(|snapshot, _, planner| plan::watch(snapshot, planner));
+        let (Watch::Table(interval) | Watch::Bell(_, interval)) = &self.watch;
+        Ok(Looked { taken, again_at: Instant::now() + *interval, error: failed })
+    }
+
+    fn with_planner<T>(&self, plan: impl FnOnce(&[Lease], &Observations, &Planner<'_>) -> T) -> T {
+        let held = self.held.keys().cloned().collect();
+        let planner = Planner {
+            worker: &self.settings.worker,
+            held: &held,
+            asked: &self.asked,
+            adopt: self.looked_at.is_none(),
+            max_leases: self.settings.max_leases,
+            lease_duration: self.settings.lease_duration,
+            hand_over_limit: self.settings.hand_over_limit,
+        };
+        plan(&self.snapshot, &self.observed, &planner)
+    }
+
+    fn hold(&mut self, lease: Lease, taken_at: Instant) -> Arc<HeldLease<S>> {
+        let shard = lease.shard.clone();
+        self.asked.remove(&shard);
+        let Settings { lease_duration, seed, .. } = self.settings;
+        let held =
+            Arc::new(HeldLease::new(self.store.clone(), lease, taken_at, lease_duration, seed));
+        self.held.insert(shard, held.clone());
+        held
+    }
+
+    async fn carry_out(&self, action: &Action) -> Result<Option<Lease>, LeaseError> {
+        let worker = || self.settings.worker.clone();
+        match action {
+            Action::Take(lease) => {
+                let taken = self.store.update(lease, &Change::Take { worker: worker() }).await?;
+                tracing::info!(
+                    shard = %taken.shard, counter = taken.counter, checkpoint = %taken.checkpoint,
+                    from = lease.reader().unwrap_or("nobody"), "lease taken"
+                );
+                Ok(Some(taken))
+            }
+            Action::Ask(lease) => {
+                let asked = self.store.update(lease, &Change::Ask { worker: worker() }).await?;
+                tracing::info!(
+                    shard = %asked.shard, reader = asked.reader().unwrap_or("nobody"),
+                    "asked for a lease, to balance the load"
+                );
+                Ok(Some(asked))
+            }
+            Action::Free(lease) => {
+                tracing::info!(
+                    shard = %lease.shard, reader = lease.reader().unwrap_or("nobody"),
+                    "lease taken from a worker that does not renew it, for another one"
+                );
+                self.store.update(lease, &Change::Free).await.map(Some)
+            }
+            Action::LetGo(lease) => {
+                self.store.update(lease, &Change::Release { checkpoint: None }).await.map(Some)
+            }
+            Action::Delete(lease) => {
+                tracing::info!(shard = %lease.shard, "finished lease deleted");
+                self.store.delete(lease).await.map(|()| None)
+            }
+        }
+    }
+
+    async fn create_missing(
+        &mut self,
+        listed: &[Shard],
+        initial: InitialPosition,
+    ) -> Result<(), LeaseError> {
+        let leased = self.snapshot.iter().map(|lease| lease.shard.clone()).collect();
+        for (shard, checkpoint) in missing_leases(listed, &leased, initial) {
+            let lease = Lease::new(&shard, checkpoint, initial.time());
+            if self.store.create(&lease).await? {
+                tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
+                self.snapshot.push(lease);
+            }
+        }
+        Ok(())
+    }
+
+    async fn bell_rings(&mut self, row: &ShardId) -> Result<bool, LeaseError> {
+        let now = self.store.get(row).await?;
+        let Some(last) = self.snapshot.iter().find(|lease| lease.shard == *row) else {
+            return Ok(true);
+        };
+        let at = Instant::now();
+        if let Some(now) = &now {
+            self.observed.see_one(now, at);
+        }
+        let unmoved = self.observed.unmoved_for(row, at);
+        Ok(plan::bell_rings(last, now.as_ref(), unmoved, self.settings.lease_duration))
+    }
+
+    /// Makes the workers that only watch the bell look at the table: there is something to take.
+    pub async fn ring(&self) -> Result<(), LeaseError> {
+        match plan::bell_row(&self.snapshot) {
+            Some(row) => self.store.ring(row).await,
+            None => Ok(()),
+        }
+    }
+}
