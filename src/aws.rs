@@ -100,13 +100,21 @@ where
     let status = http.status();
     let html = http.headers().get("content-type").is_some_and(|kind| kind.contains("text/html"));
     let kind = match service.err().code() {
-        // AWS answers in JSON. A page of HTML comes from a server that has no such operation.
-        _ if html => AwsErrorKind::UnknownOperation,
+        // AWS answers in JSON. A page of HTML comes from a server that has no such operation, or from a
+        // proxy that cannot reach its server.
+        _ if html && !matches!(status.as_u16(), 502..=504) => AwsErrorKind::UnknownOperation,
         Some(code) => match kind_of(code) {
             AwsErrorKind::Refused if status.is_server_error() => AwsErrorKind::Server,
             kind => kind,
         },
         None => AwsErrorKind::Server,
+    };
+    // The same code stands for a rate and, when consumers are registered, for their number.
+    let kind = match kind {
+        AwsErrorKind::Quota if operation != "kinesis:RegisterStreamConsumer" => {
+            AwsErrorKind::Throttled
+        }
+        kind => kind,
     };
     AwsError { operation, kind, said: said(service.err(), &format!("HTTP status {status}")) }
 }
@@ -207,6 +215,15 @@ pub(crate) fn call_timeouts() -> TimeoutConfig {
     TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(3))
         .operation_attempt_timeout(Duration::from_secs(10))
+        .build()
+}
+
+/// Limits for calls on the lease table: a call that hangs must leave time for another one before the
+/// lease runs out.
+pub(crate) fn lease_timeouts() -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(Duration::from_secs(1))
+        .operation_attempt_timeout(Duration::from_secs(2))
         .build()
 }
 

@@ -50,9 +50,17 @@ pub(super) struct Consume {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub(super) exit_when_idle: Option<Duration>,
 
-    /// How long a lease lasts without renewal
+    /// How long a lease lasts without renewal; the same for all workers of the application
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "10s")]
     lease_duration: Duration,
+
+    /// The most shards that this worker reads [default: no limit]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_leases: Option<u32>,
+
+    /// How long a worker that is asked to hand a shard over may take before it is taken
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "30s")]
+    hand_over_limit: Duration,
 
     /// How often progress is stored
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "5s")]
@@ -75,6 +83,8 @@ impl Consume {
             .start(self.start)
             .retrieval(self.retrieval)
             .lease_duration(self.lease_duration)
+            .hand_over_limit(self.hand_over_limit)
+            .max_leases(self.max_leases.map_or(usize::MAX, |limit| limit as usize))
             .checkpoint_interval(self.checkpoint_interval)
             .prefetch_bytes(self.prefetch)
             .shutdown_limit(self.shutdown_limit);

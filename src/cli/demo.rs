@@ -2,6 +2,7 @@ use std::{
     collections::HashMap,
     fmt,
     net::SocketAddr,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -103,17 +104,17 @@ impl Demo {
             };
             building.await?.run(shutdown).await
         };
-        // The traffic starts at once; the worker finds what came before it.
-        let (sent, worked) = tokio::join!(
-            async {
-                tokio::select! {
-                    sent = sending => sent,
-                    () = stop.cancelled() => Ok(()),
-                }
-            },
-            working
-        );
-        sent?;
+        // The traffic starts at once; the worker finds what came before it. A worker that ends early
+        // ends the demo.
+        let (mut sending, mut working) = (pin!(sending), pin!(working));
+        let worked = tokio::select! {
+            biased;
+            worked = &mut working => worked,
+            sent = &mut sending => {
+                sent?;
+                working.await
+            }
+        };
         worked?;
         producer_stop.cancel();
         let produced = producing.await??;

@@ -53,7 +53,7 @@ struct Global {
     #[arg(long, global = true, value_enum, default_value_t)]
     log_format: LogFormat,
 
-    /// Log more: -v each record and lease write, -vv also the AWS SDK
+    /// Log more: -v details such as each subscription and put, -vv also the AWS SDK
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
 

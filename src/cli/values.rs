@@ -13,8 +13,11 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     text.parse::<SignedDuration>()
         .ok()
         .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| "write a length of time with its unit, such as 500ms, 10s or 5m".to_owned())
+        .filter(|duration| (1..=365 * 24 * 3_600_000).contains(&duration.as_millis()))
+        .ok_or_else(|| {
+            "write a length of time from 1ms to a year with its unit, such as 500ms, 10s or 5m"
+                .to_owned()
+        })
 }
 
 /// A number of bytes such as `64KiB` or `8MiB`, up to 1 GiB.
@@ -88,7 +91,7 @@ mod tests {
         assert_eq!(duration("10s"), Ok(Duration::from_secs(10)));
         assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
-        for wrong in ["10", "", "-1s", "0s", "soon", "10 parsecs"] {
+        for wrong in ["10", "", "-1s", "0s", "soon", "10 parsecs", "1us", "9000h"] {
             assert!(duration(wrong).is_err(), "{wrong:?}");
         }
     }

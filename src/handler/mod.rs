@@ -56,7 +56,8 @@ pub trait Handler: Send + 'static {
         async {}
     }
 
-    /// The worker stops. The last batch is finished; its checkpoint is written after this.
+    /// The worker stops, or hands the shard to another one. No batch is under way: the last one is
+    /// finished, or was given up after it failed. The checkpoint is written after this.
     fn stopping(&mut self) -> impl Future<Output = ()> + Send {
         async {}
     }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -15,12 +16,13 @@ use aws_sdk_dynamodb::{
 };
 use aws_types::SdkConfig;
 use jiff::Timestamp;
+use tokio::time::Instant;
 
 use super::{Change, Lease, LeaseError, LeaseStore, Verdict, verdict};
 use crate::{
     aws::{self, AwsError, AwsErrorKind},
     checkpoint::Checkpoint,
-    shard::{HashKeyRange, ShardId},
+    shard::{HashKeyRange, Shard, ShardId},
 };
 
 /// Attribute names of the KCL (facts: `DynamoDBLeaseSerializer` of amazon-kinesis-client), and one of
@@ -57,33 +59,37 @@ const CREATE_LIMIT: Duration = Duration::from_secs(60);
 pub struct LeaseTable {
     client: Client,
     name: String,
+    /// The unreadable rows that were told.
+    told: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl LeaseTable {
     /// The table `name`, whether or not it exists yet.
     pub fn new(config: &SdkConfig, name: impl Into<String>) -> Self {
         let config = aws_sdk_dynamodb::config::Builder::from(config)
-            .timeout_config(aws::call_timeouts())
+            .timeout_config(aws::lease_timeouts())
             .build();
-        Self { client: Client::from_conf(config), name: name.into() }
+        Self { client: Client::from_conf(config), name: name.into(), told: Arc::default() }
     }
 
-    /// Creates the table, paid per request, if there is none, and waits until it can be used. Tells
-    /// whether it was created.
-    pub async fn ensure(&self) -> Result<bool, LeaseError> {
-        match self.status().await? {
-            Some(TableStatus::Active | TableStatus::Updating) => return Ok(false),
-            Some(_) => {}
-            None => self.create_table().await?,
-        }
-        let give_up = tokio::time::Instant::now() + CREATE_LIMIT;
-        while tokio::time::Instant::now() < give_up {
-            if self.status().await? == Some(TableStatus::Active) {
-                return Ok(true);
+    /// Waits until the table can be used, and creates it, paid per request, if there is none.
+    pub async fn ensure(&self) -> Result<(), LeaseError> {
+        let give_up = Instant::now() + CREATE_LIMIT;
+        loop {
+            match self.status().await? {
+                Some(TableStatus::Active | TableStatus::Updating) => return Ok(()),
+                // Another worker creates it, or somebody deletes it.
+                Some(_) => {}
+                None => self.create_table().await?,
+            }
+            if Instant::now() >= give_up {
+                return Err(LeaseError::NotActive {
+                    table: self.name.clone(),
+                    waited_secs: CREATE_LIMIT.as_secs(),
+                });
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
-        Err(LeaseError::NotActive { table: self.name.clone(), waited_secs: CREATE_LIMIT.as_secs() })
     }
 
     async fn status(&self) -> Result<Option<TableStatus>, LeaseError> {
@@ -115,7 +121,10 @@ impl LeaseTable {
             .send()
             .await;
         match created {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                tracing::info!(table = self.name, "lease table created");
+                Ok(())
+            }
             Err(error) => match aws::failure("dynamodb:CreateTable", error) {
                 // Another worker was faster.
                 error if error.kind() == AwsErrorKind::InUse => Ok(()),
@@ -143,7 +152,8 @@ impl LeaseTable {
             Ok(answer) => {
                 // Read back: a taker sees the checkpoint as it is, not as an older scan showed it.
                 let row = answer.attributes.unwrap_or_default();
-                return Ok(Written::As(self.read_row(&row)?.unwrap_or_else(|| seen.after(change))));
+                let lease = self.read_row(&row)?.unwrap_or_else(|| seen.after(change));
+                return Ok(Written::As(lease.into()));
             }
             Err(error) => error,
         };
@@ -157,6 +167,18 @@ impl LeaseTable {
             error if error.kind() == AwsErrorKind::Condition => Ok(Written::Refused(row)),
             error => Err(self.failed(error)),
         }
+    }
+
+    /// What stands for a row that cannot be read, which is told once.
+    fn unreadable(&self, row: &Row, error: &LeaseError) -> Lease {
+        let key =
+            row.get(attribute::KEY).and_then(|key| key.as_s().ok()).map_or("", String::as_str);
+        if self.told.lock().unwrap_or_else(|poison| poison.into_inner()).insert(key.to_owned()) {
+            tracing::error!("{error}");
+        }
+        let shard =
+            Shard { id: key.into(), parents: Vec::new(), hash_key_range: None, closed: false };
+        Lease { unreadable: true, ..Lease::new(&shard, Checkpoint::TrimHorizon, None) }
     }
 
     fn failed(&self, source: AwsError) -> LeaseError {
@@ -208,6 +230,7 @@ impl LeaseTable {
             checkpoint_owner: text(attribute::CHECKPOINT_OWNER).cloned(),
             parents: shards(attribute::PARENTS),
             children: shards(attribute::CHILDREN),
+            unreadable: false,
             bell: count(attribute::BELL).unwrap_or(0),
             hash_key_range: hash_key(attribute::STARTING_HASH_KEY)
                 .zip(hash_key(attribute::ENDING_HASH_KEY))
@@ -262,7 +285,7 @@ impl LeaseStore for LeaseTable {
             for row in page.items.unwrap_or_default() {
                 match self.read_row(&row) {
                     Ok(lease) => leases.extend(lease),
-                    Err(error) => tracing::error!("{error}"),
+                    Err(error) => leases.push(self.unreadable(&row, &error)),
                 }
             }
             next = page.last_evaluated_key.filter(|key| !key.is_empty());
@@ -307,7 +330,7 @@ impl LeaseStore for LeaseTable {
         let mut seen = seen.clone();
         loop {
             let row = match self.write(&seen, change).await? {
-                Written::As(lease) => return Ok(lease),
+                Written::As(lease) => return Ok(*lease),
                 Written::Refused(row) => row,
             };
             let now = match row {
@@ -363,7 +386,7 @@ impl LeaseStore for LeaseTable {
 }
 
 enum Written {
-    As(Lease),
+    As(Box<Lease>),
     /// With the row as it is, where the server gave it.
     Refused(Option<Row>),
 }
@@ -474,7 +497,6 @@ fn shard_set(shards: &BTreeSet<ShardId>) -> AttributeValue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shard::Shard;
 
     fn lease(owner: Option<&str>, counter: u64) -> Lease {
         let shard = Shard { id: "a".into(), parents: vec![], hash_key_range: None, closed: false };

@@ -16,6 +16,8 @@ use crate::backoff::Backoff;
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_LIMIT: Duration = Duration::from_secs(2);
+/// AWS sends an event of a subscription every few seconds, and polls are a second apart.
+const CAUGHT_UP_FOR: Duration = Duration::from_secs(15);
 
 /// A lease that this worker has, until it loses it or lets go.
 ///
@@ -30,11 +32,14 @@ pub struct HeldLease<S> {
     seed: u64,
     /// Renewals and checkpoints both move the counter: one at a time.
     lease: tokio::sync::Mutex<Lease>,
+    /// Set when we let go: what was on its way to the lease must not touch it any more.
+    let_go: AtomicBool,
     /// When the last successful write began.
     written_at: Mutex<Instant>,
     lost: CancellationToken,
     asked: CancellationToken,
-    caught_up: AtomicBool,
+    /// When a read last found nothing more.
+    caught_up: Mutex<Option<Instant>>,
 }
 
 impl<S: LeaseStore> HeldLease<S> {
@@ -53,7 +58,8 @@ impl<S: LeaseStore> HeldLease<S> {
             written_at: taken_at.into(),
             lost: CancellationToken::new(),
             asked: CancellationToken::new(),
-            caught_up: AtomicBool::new(false),
+            let_go: AtomicBool::new(false),
+            caught_up: Mutex::new(None),
         }
     }
 
@@ -88,24 +94,34 @@ impl<S: LeaseStore> HeldLease<S> {
         self.asked.cancelled().await;
     }
 
-    /// Whether the last read found nothing more.
+    /// Whether the last read found nothing more, and was not long ago: a shard that cannot be read is
+    /// not caught up.
     pub fn is_caught_up(&self) -> bool {
-        self.caught_up.load(Ordering::Relaxed)
+        let at = *self.caught_up.lock().unwrap_or_else(|poison| poison.into_inner());
+        at.is_some_and(|at| at.elapsed() < CAUGHT_UP_FOR)
     }
 
-    /// Notes whether the last read found nothing more.
+    /// Notes whether a read found nothing more.
     pub fn set_caught_up(&self, caught_up: bool) {
-        self.caught_up.store(caught_up, Ordering::Relaxed);
+        let at = caught_up.then(Instant::now);
+        *self.caught_up.lock().unwrap_or_else(|poison| poison.into_inner()) = at;
     }
 
     /// Writes a change. Refused if another worker wrote the lease: then it is lost.
     pub async fn write(&self, change: &Change) -> Result<(), LeaseError> {
         let mut lease = self.lease.lock().await;
+        if self.let_go.load(Ordering::Acquire) {
+            return Err(LeaseError::Lost { shard: lease.shard.clone(), owner: None });
+        }
         let began = Instant::now();
         match self.store.update(&lease, change).await {
             Ok(written) => {
-                if written.checkpoint_owner.is_some() {
-                    self.ask();
+                match change {
+                    Change::Release { .. } | Change::End { .. } => {
+                        self.let_go.store(true, Ordering::Release);
+                    }
+                    _ if written.checkpoint_owner.is_some() => self.ask(),
+                    _ => {}
                 }
                 *lease = written;
                 *self.written_at_lock() = began;
@@ -162,11 +178,19 @@ impl<S: LeaseStore> HeldLease<S> {
                     }
                     backoff.reset();
                 }
+                Ok(Err(LeaseError::Lost { .. })) if self.let_go.load(Ordering::Acquire) => return,
                 Ok(Err(LeaseError::Lost { shard, owner })) => {
-                    tracing::warn!(
-                        %shard, owner = owner.as_deref().unwrap_or("nobody"),
-                        "lease lost: another worker has it; delivery of the shard stops here"
-                    );
+                    match owner {
+                        Some(owner) => tracing::warn!(
+                            %shard, owner,
+                            "lease lost to another worker: delivery of the shard stops here"
+                        ),
+                        None => tracing::warn!(
+                            %shard,
+                            "lease lost: its row was deleted or freed; delivery of the shard stops, \
+                             and whoever takes it next goes on from the checkpoint in the table"
+                        ),
+                    }
                     return;
                 }
                 Ok(Err(error)) => {

@@ -6,10 +6,10 @@ use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
 
 use super::{
-    Change, HeldLease, Lease, LeaseError, LeaseStore,
+    Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, missing_leases,
     plan::{self, Action, Observations, Planner, Watch},
 };
-use crate::shard::{InitialPosition, Shard, ShardId, missing_leases};
+use crate::shard::{Shard, ShardId};
 
 /// How many writes are under way at once.
 const CONCURRENT_WRITES: usize = 16;
@@ -112,7 +112,17 @@ impl<S: LeaseStore> LeaseLoop<S> {
         }
         self.snapshot = self.store.scan().await?;
         if let Some((listed, initial)) = listed {
-            self.create_missing(listed, initial).await?;
+            let missing = missing_leases(listed, &self.snapshot, initial);
+            for lease in &missing {
+                if self.store.create(lease).await? {
+                    tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
+                }
+            }
+            if !missing.is_empty() {
+                // Another worker may have created some of them: a parent that we do not see would not
+                // block its children (P5).
+                self.snapshot = self.store.scan().await?;
+            }
         }
         self.snapshot.sort_by(|a, b| a.shard.cmp(&b.shard));
         let now = Instant::now();
@@ -230,22 +240,6 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 self.store.delete(lease).await.map(|()| None)
             }
         }
-    }
-
-    async fn create_missing(
-        &mut self,
-        listed: &[Shard],
-        initial: InitialPosition,
-    ) -> Result<(), LeaseError> {
-        let leased = self.snapshot.iter().map(|lease| lease.shard.clone()).collect();
-        for (shard, checkpoint) in missing_leases(listed, &leased, initial) {
-            let lease = Lease::new(&shard, checkpoint, initial.time());
-            if self.store.create(&lease).await? {
-                tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
-                self.snapshot.push(lease);
-            }
-        }
-        Ok(())
     }
 
     async fn bell_rings(&mut self, row: &ShardId) -> Result<bool, LeaseError> {

@@ -8,6 +8,7 @@ pub mod dynamodb;
 mod held;
 mod lease_loop;
 mod memory;
+mod missing;
 pub mod plan;
 
 use std::collections::BTreeSet;
@@ -17,6 +18,7 @@ use jiff::Timestamp;
 pub use held::HeldLease;
 pub use lease_loop::{LeaseLoop, Looked, Settings};
 pub use memory::{MemoryTable, Requests};
+pub use missing::{InitialPosition, missing_leases};
 
 use crate::{
     aws::AwsError,
@@ -50,6 +52,9 @@ pub struct Lease {
     pub children: BTreeSet<ShardId>,
     /// The keys that the shard takes.
     pub hash_key_range: Option<HashKeyRange>,
+    /// The row is there but cannot be read as a lease. It is nobody's to take, and blocks what waits for
+    /// its shard.
+    pub unreadable: bool,
     /// Raised to make workers that only watch this row look at the whole table. Ours; the KCL leaves
     /// it alone.
     pub bell: u64,
@@ -69,6 +74,7 @@ impl Lease {
             parents: shard.parents.iter().cloned().collect(),
             children: BTreeSet::new(),
             hash_key_range: shard.hash_key_range,
+            unreadable: false,
             bell: 0,
         }
     }
@@ -227,6 +233,9 @@ pub(crate) enum Verdict {
 /// release, which has to know the new owner, is refused for that.
 pub(crate) fn verdict(seen: &Lease, change: &Change, now: Option<Lease>) -> Verdict {
     let wanted = seen.after(change);
+    // A newer checkpoint than ours comes from another process under our name: it must not go back (P3).
+    let behind =
+        |now: &Lease| wanted.checkpoint != seen.checkpoint && now.checkpoint > wanted.checkpoint;
     let writes_as_reader =
         !matches!(change, Change::Take { .. } | Change::Ask { .. } | Change::Free);
     match now {
@@ -235,6 +244,7 @@ pub(crate) fn verdict(seen: &Lease, change: &Change, now: Option<Lease>) -> Verd
             if writes_as_reader
                 && now.reader().is_some()
                 && now.reader() == seen.reader()
+                && !behind(&now)
                 && (now.counter == seen.counter + 1
                     || (now.counter == seen.counter && now.owner != seen.owner)) =>
         {
@@ -281,7 +291,7 @@ pub enum LeaseError {
     /// A row of the table is a lease but cannot be read as one.
     #[error(
         "lease table {table}, row {row}: attribute {attribute} is missing or has the wrong type; \
-         repair the row, or delete it to read the shard from its start position again"
+         the shard and those that follow it are not read until the row is repaired"
     )]
     Row {
         /// The table.
@@ -292,7 +302,9 @@ pub enum LeaseError {
         attribute: &'static str,
     },
     /// The table could not be used in time after it was created.
-    #[error("lease table {table} was created but is not active after {waited_secs} s; try again")]
+    #[error(
+        "lease table {table} is not active after {waited_secs} s; look at its state, and try again"
+    )]
     NotActive {
         /// The table.
         table: String,
@@ -332,6 +344,18 @@ mod tests {
             Verdict::WriteOver(renewed),
             "an earlier renewal landed: the checkpoint goes on top of it"
         );
+    }
+
+    #[test]
+    fn p3_a_checkpoint_does_not_go_back_behind_that_of_another_process_of_the_same_name() {
+        let at = |number| Checkpoint::parse(number, 0).expect("a checkpoint");
+        let seen = lease(Some("me"), 4);
+        let newer = seen.after(&Change::Checkpoint { checkpoint: at("9") });
+        let older = Change::Checkpoint { checkpoint: at("8") };
+        let lost = Verdict::Lost { owner: Some("me".into()) };
+        assert_eq!(judged(&seen, &older, Some(newer.clone())), lost);
+        let later = Change::Checkpoint { checkpoint: at("10") };
+        assert_eq!(judged(&seen, &later, Some(newer.clone())), Verdict::WriteOver(newer));
     }
 
     #[test]

@@ -17,6 +17,8 @@ use crate::{checkpoint::Checkpoint, shard::ShardId};
 
 /// A renewal is due when this part of the lease duration has passed: 4 s of 10 s.
 const RENEW_AFTER: f64 = 0.4;
+/// Workers whose lease durations differ, as in a rolling change of the setting, still see it move.
+const RENEW_AT_LEAST_EVERY: Duration = Duration::from_secs(4);
 /// A lease is used for this part of its duration; the rest is for clocks of different speed.
 const USE_FOR: f64 = 0.9;
 /// A free lease that the worker it falls to has not taken for this long is for anyone.
@@ -117,7 +119,7 @@ pub fn plan(
     let unfinished = unfinished(snapshot);
     let startable: Vec<&Lease> = snapshot
         .iter()
-        .filter(|lease| !lease.is_finished())
+        .filter(|lease| !lease.is_finished() && !lease.unreadable)
         // A parent without a lease is finished and forgotten, or expired: it blocks nobody (P5).
         .filter(|lease| lease.parents.iter().all(|parent| !unfinished.contains(parent)))
         .collect();
@@ -365,7 +367,7 @@ pub fn usable_until(written_at: Instant, lease_duration: Duration) -> Instant {
 
 /// Whether to renew a lease whose last successful write began at `written_at`.
 pub fn renewal(written_at: Instant, lease_duration: Duration, now: Instant) -> Renewal {
-    let due = written_at + lease_duration.mul_f64(RENEW_AFTER);
+    let due = written_at + lease_duration.mul_f64(RENEW_AFTER).min(RENEW_AT_LEAST_EVERY);
     if now >= usable_until(written_at, lease_duration) {
         Renewal::TooLate
     } else if now >= due {

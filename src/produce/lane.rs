@@ -27,7 +27,7 @@ impl Lane {
         partition_key: String,
     ) -> (Self, impl Future<Output = ()> + Send) {
         let (queue, queued) = mpsc::unbounded_channel();
-        let limit_bytes = shared.settings.lane_bytes;
+        let limit_bytes = shared.settings.lane_bytes.max(1);
         let room = Arc::new(Semaphore::new(limit_bytes as usize));
         (Self { queue, room, limit_bytes }, empty(shared, partition_key, queued))
     }
@@ -47,6 +47,7 @@ async fn empty(
     mut queued: mpsc::UnboundedReceiver<Queued>,
 ) {
     let mut batcher = Batcher::new(RECORD_LIMIT_BYTES - partition_key.len());
+    let mut last = None;
     let mut next = queued.recv().await;
     while next.is_some() {
         // Everything that came while the last record was on its way.
@@ -62,7 +63,7 @@ async fn empty(
         }
         if let Some(record) = batcher.take() {
             let size_bytes = record.data.len() as u64;
-            shared.put.put(&partition_key, record.data).await;
+            last = Some(shared.put.put(&partition_key, record.data, last).await);
             add(&shared.counters.put, record.events);
             add(&shared.counters.records, 1);
             add(&shared.counters.bytes, size_bytes);

@@ -106,7 +106,11 @@ impl Connection<'_> {
                 }
                 Ok(Ok(length)) => {
                     let now = Timestamp::now();
-                    for frame in framer.push(&buffer[..length]) {
+                    let frames = framer.push(&buffer[..length]);
+                    let is_message = |frame: &&Frame| matches!(frame, Frame::Message(_));
+                    let messages = frames.iter().filter(is_message).count();
+                    add(&self.shared.counters.messages, messages as u64);
+                    for frame in frames {
                         self.forward(frame, now).await;
                     }
                 }
@@ -135,7 +139,6 @@ impl Connection<'_> {
         let counters = &self.shared.counters;
         match frame {
             Frame::Message(raw) => {
-                add(&counters.messages, 1);
                 self.lane.send(self.events.event(&event_time(now), &raw)).await;
             }
             Frame::Heartbeat => add(&counters.heartbeats, 1),

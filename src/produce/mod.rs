@@ -203,8 +203,9 @@ impl Producer {
         let report = match drained.await {
             Ok(()) => Ok(shared.counters.report()),
             Err(_) => {
+                connections.shutdown().await;
                 let ProducerReport { messages, put, .. } = shared.counters.report();
-                Err(ProduceError::Lost { messages: messages - put, limit })
+                Err(ProduceError::Lost { messages: messages.saturating_sub(put), limit })
             }
         };
         if let Ok(report) = &report {

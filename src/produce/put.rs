@@ -5,7 +5,7 @@ use aws_types::SdkConfig;
 use tokio::time::Instant;
 
 use crate::{
-    aws::{self, AwsError},
+    aws::{self, AwsError, AwsErrorKind},
     backoff::Backoff,
 };
 
@@ -29,16 +29,33 @@ impl Put {
         Self { client: Client::from_conf(config), stream: stream.to_owned() }
     }
 
-    /// Returns when Kinesis has the record, however long that takes. Nothing of the same lane may be
-    /// put meanwhile: that is what keeps the order (P7).
-    pub(super) async fn put(&self, partition_key: &str, data: Vec<u8>) {
+    /// Returns when Kinesis has the record, however long that takes, and gives its sequence number.
+    ///
+    /// Nothing of the same lane may be put meanwhile, and `after` is the number of the lane's last
+    /// record: together they keep the order (P7).
+    pub(super) async fn put(
+        &self,
+        partition_key: &str,
+        data: Vec<u8>,
+        after: Option<String>,
+    ) -> String {
         let data = Blob::new(data);
+        let mut after = after;
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         let began = Instant::now();
         let mut failures = 0_u32;
         let mut remind_at = began;
-        loop {
-            let Err(error) = self.try_put(partition_key, data.clone()).await else { break };
+        let sequence_number = loop {
+            let error = match self.try_put(partition_key, &data, after.as_deref()).await {
+                Ok(sequence_number) => break sequence_number,
+                Err(error) => error,
+            };
+            // After a reshard the lane's last number may be of another shard. It has been put already,
+            // so a record that is put now is the later one without it too.
+            if error.kind() == AwsErrorKind::Refused && after.take().is_some() {
+                tracing::debug!("{error}; putting the record again without the number before it");
+                continue;
+            }
             failures += 1;
             if Instant::now() >= remind_at {
                 remind_at = Instant::now() + REMINDER_INTERVAL;
@@ -50,7 +67,7 @@ impl Put {
                 );
             }
             tokio::time::sleep(backoff.next_wait()).await;
-        }
+        };
         if failures > 0 {
             tracing::info!(
                 stream = self.stream,
@@ -59,15 +76,22 @@ impl Put {
                 began.elapsed().as_secs_f64()
             );
         }
+        sequence_number
     }
 
-    async fn try_put(&self, partition_key: &str, data: Blob) -> Result<(), AwsError> {
+    async fn try_put(
+        &self,
+        partition_key: &str,
+        data: &Blob,
+        after: Option<&str>,
+    ) -> Result<String, AwsError> {
         let put = self
             .client
             .put_record()
             .stream_name(&self.stream)
             .partition_key(partition_key)
-            .data(data)
+            .set_sequence_number_for_ordering(after.map(str::to_owned))
+            .data(data.clone())
             .send()
             .await
             .map_err(|error| aws::failure("kinesis:PutRecord", error))?;
@@ -77,6 +101,6 @@ impl Put {
             sequence_number = put.sequence_number,
             "record put"
         );
-        Ok(())
+        Ok(put.sequence_number)
     }
 }

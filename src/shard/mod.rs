@@ -2,13 +2,9 @@
 //!
 //! Pure: what ListShards answered goes in, decisions come out.
 
-mod sync;
-
 use std::{cmp::Ordering, fmt, sync::Arc};
 
 use serde::{Serialize, Serializer};
-
-pub use sync::{InitialPosition, missing_leases};
 
 /// The name of a shard, such as `shardId-000000000000`. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -10,7 +10,7 @@ mod stream;
 
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
 
 pub(crate) use prefetch::Prefetch;
@@ -61,7 +61,8 @@ pub enum SourceError {
     /// The fan-out consumer could not be registered.
     #[error(
         "stream {stream}: fan-out consumer {consumer} cannot be registered: {source}; a stream has a \
-         quota of consumers: remove one, ask for more, or use polling"
+         quota of consumers, and an account one of registrations a second: try again, remove a \
+         consumer, ask for more, or use polling"
     )]
     ConsumerQuota {
         /// The stream.
@@ -95,6 +96,9 @@ pub enum SourceError {
     },
 }
 
+/// How much later our clock may be than the server's.
+const PIN_MARGIN: SignedDuration = SignedDuration::from_secs(5);
+
 /// Where in a shard reading goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -116,9 +120,15 @@ impl Place {
     fn pin(&mut self, now: Timestamp) -> Self {
         let place = self.clone();
         if place == Self::Latest {
-            *self = Self::Time(now);
+            *self = Self::Time(Self::pin_time(now));
         }
         place
+    }
+
+    /// The time that stands for "now by the server's clock", which may be behind ours. A few records
+    /// from before are harmless, a gap is not.
+    pub(crate) fn pin_time(now: Timestamp) -> Timestamp {
+        now.checked_sub(PIN_MARGIN).unwrap_or(now)
     }
 }
 
@@ -147,6 +157,12 @@ impl Read {
     fn size_bytes(&self) -> usize {
         self.records.iter().map(|record| record.data.len() + record.partition_key.len()).sum()
     }
+
+    /// Whether this read found that there is nothing more. Servers report "not behind" while they have
+    /// more, and empty reads while they are behind.
+    pub(crate) fn reached_tip(&self) -> bool {
+        self.records.is_empty() && self.behind.is_none_or(|behind| behind.is_zero())
+    }
 }
 
 /// Reads one shard, in order.
@@ -157,6 +173,8 @@ pub(crate) struct ShardReader {
     /// The newest record handed out. Servers may repeat records when asked to go on, never before it.
     delivered: Option<SequenceNumber>,
     link: Link,
+    /// The time that the link was opened at, if it was a time.
+    from: Option<Timestamp>,
 }
 
 enum Link {
@@ -177,7 +195,7 @@ enum Linked {
 
 impl ShardReader {
     pub(crate) fn new(stream: Stream, shard: ShardId, place: Place) -> Self {
-        Self { stream, shard, place, delivered: None, link: Link::Closed }
+        Self { stream, shard, place, delivered: None, link: Link::Closed, from: None }
     }
 
     /// Waits for the next records, which may be none.
@@ -192,7 +210,9 @@ impl ShardReader {
                 // The shard's records have expired, or our consumer or the whole stream is gone.
                 let listed = self.stream.shards().await?;
                 if listed.iter().any(|shard| shard.id == self.shard) {
-                    self.stream.repair_consumer().await?;
+                    if self.stream.repair_consumer().await? {
+                        return Ok(Read::default());
+                    }
                     return Err(self.failed(error));
                 }
                 tracing::warn!(
@@ -202,7 +222,10 @@ impl ShardReader {
                 Ok(Read { end: Some(Vec::new()), ..Read::default() })
             }
             Err(error) => {
-                self.link = Link::Closed;
+                // An iterator outlives a call that was throttled or got no answer.
+                if !(error.is_transient() && matches!(self.link, Link::Iterator(_))) {
+                    self.link = Link::Closed;
+                }
                 Err(self.failed(error))
             }
         }
@@ -212,8 +235,21 @@ impl ShardReader {
         loop {
             let linked = match &mut self.link {
                 Link::Closed => {
-                    let place = self.place.pin(Timestamp::now());
+                    let now = Timestamp::now();
+                    if let Place::Time(from) = self.place
+                        && from > now
+                    {
+                        // Kinesis takes no time that is still to come.
+                        let wait = Duration::try_from(from.duration_since(now)).unwrap_or_default();
+                        tokio::time::sleep(wait.min(Duration::from_secs(1))).await;
+                        return Ok(Read::default());
+                    }
+                    let place = self.place.pin(now);
                     self.link = self.open(&place).await?;
+                    self.from = match place {
+                        Place::Time(from) => Some(from),
+                        _ => None,
+                    };
                     continue;
                 }
                 Link::Subscription(subscription) => subscription.next().await?,
@@ -248,7 +284,7 @@ impl ShardReader {
     fn drop_repeats(&self, read: &mut Read) {
         if let Some(delivered) = &self.delivered {
             read.records.retain(|record| record.sequence_number > *delivered);
-        } else if let Place::Time(from) = self.place {
+        } else if let Some(from) = self.from {
             // Arrival times may be cut to the second.
             let from = from.as_second();
             read.records.retain(|record| record.arrived_at.is_none_or(|at| at.as_second() >= from));
@@ -276,6 +312,10 @@ impl ShardReader {
 }
 
 impl SourceError {
+    fn is_throttled(&self) -> bool {
+        matches!(self, Self::Stream { source, .. } if source.kind() == AwsErrorKind::Throttled)
+    }
+
     /// Whether reading may succeed later without anyone doing anything.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
@@ -357,7 +397,8 @@ mod tests {
         let later: Timestamp = "2025-07-02T16:00:00Z".parse().expect("a time");
         let mut place = Place::Latest;
         assert_eq!(place.pin(first), Place::Latest);
-        assert_eq!(place.pin(later), Place::Time(first));
+        assert_eq!(place.pin(later), Place::Time(Place::pin_time(first)));
+        assert!(Place::pin_time(first) < first, "the server's clock may be behind ours");
         let mut place = Place::At(number("7"));
         assert_eq!(place.pin(first), Place::At(number("7")));
         assert_eq!(place.pin(later), Place::At(number("7")));
@@ -385,7 +426,8 @@ mod tests {
 
     #[test]
     fn records_from_before_the_start_time_are_dropped_but_not_those_of_the_same_second() {
-        let reader = reader(Place::Time("2025-07-02T15:00:00.5Z".parse().expect("a time")));
+        let mut reader = reader(Place::TrimHorizon);
+        reader.from = "2025-07-02T15:00:00.5Z".parse().ok();
         let mut early = read(&["1"], "2025-07-02T14:59:59Z");
         reader.drop_repeats(&mut early);
         assert_eq!(numbers(&early), [""; 0]);

@@ -122,12 +122,10 @@ impl ShardIterator {
     }
 }
 
-/// How long to wait from one read to the next. Only a read that found nothing and is not told to be
-/// behind has reached the tip: servers report "not behind" while they have more.
+/// How long to wait from one read to the next.
 fn pause(read: &Read) -> Duration {
-    let reached_tip = read.records.is_empty() && read.behind.is_none_or(|behind| behind.is_zero());
     let bytes = Duration::from_secs_f64(read.size_bytes() as f64 / SHARD_BYTES_PER_SEC);
-    if reached_tip { IDLE_INTERVAL } else { READ_INTERVAL.max(bytes) }
+    if read.reached_tip() { IDLE_INTERVAL } else { READ_INTERVAL.max(bytes) }
 }
 
 #[cfg(test)]

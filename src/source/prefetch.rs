@@ -10,6 +10,10 @@ use tokio::{
 use super::{Read, ShardReader, SourceError};
 use crate::backoff::Backoff;
 
+/// What a read and a record take beyond their payload, roughly: empty reads must not pile up either.
+const READ_OVERHEAD_BYTES: usize = 1024;
+const RECORD_OVERHEAD_BYTES: usize = 128;
+
 /// A shard that is being read in the background. Dropping it stops the reading.
 pub(crate) struct Prefetch {
     reads: mpsc::UnboundedReceiver<Result<Prefetched, SourceError>>,
@@ -47,15 +51,15 @@ async fn run(
     limit_bytes: u32,
     sender: mpsc::UnboundedSender<Result<Prefetched, SourceError>>,
 ) {
+    let limit_bytes = limit_bytes.max(1);
     let room = Arc::new(Semaphore::new(limit_bytes as usize));
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-    let mut has_read = false;
     let mut failures = 0_u32;
     loop {
         let read = match reader.read().await {
             Ok(read) => read,
             // What never worked is a mistake in the set-up. What worked once may work again.
-            Err(error) if !has_read && !error.is_transient() => {
+            Err(error) if !reader.stream.was_read(false) && !error.is_transient() => {
                 let _ = sender.send(Err(error));
                 return;
             }
@@ -79,9 +83,11 @@ async fn run(
             failures = 0;
             backoff.reset();
         }
-        has_read = true;
+        reader.stream.was_read(true);
         let ended = read.end.is_some();
-        let size = u32::try_from(read.size_bytes()).unwrap_or(u32::MAX).min(limit_bytes);
+        let size =
+            read.size_bytes() + READ_OVERHEAD_BYTES + read.records.len() * RECORD_OVERHEAD_BYTES;
+        let size = u32::try_from(size).unwrap_or(u32::MAX).min(limit_bytes);
         let room = room.clone().acquire_many_owned(size).await.ok();
         if sender.send(Ok(Prefetched { read, _room: room })).is_err() || ended {
             return;

@@ -1,7 +1,10 @@
 //! One stream: what it is, its shards, and our consumer on it.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,6 +18,7 @@ use tokio::time::Instant;
 use super::{Retrieval, SourceError};
 use crate::{
     aws::{self, AwsError, AwsErrorKind},
+    backoff::Backoff,
     shard::{HashKeyRange, Shard},
 };
 
@@ -33,6 +37,7 @@ struct Inner {
     retrieval: Retrieval,
     /// Our fan-out consumer, once it is registered.
     consumer: Mutex<Option<Consumer>>,
+    was_read: AtomicBool,
     /// Set when the server turns out not to know fan-out.
     polling: OnceLock<()>,
 }
@@ -59,6 +64,7 @@ impl Stream {
             region,
             retrieval,
             consumer: Mutex::new(None),
+            was_read: AtomicBool::new(false),
             polling: OnceLock::new(),
         }))
     }
@@ -87,18 +93,24 @@ impl Stream {
         self.0.consumer.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 
-    /// Registers our fan-out consumer again if someone removed it.
-    pub(super) async fn repair_consumer(&self) -> Result<(), SourceError> {
-        let Some(consumer) = self.consumer_lock().clone() else { return Ok(()) };
+    /// Registers our fan-out consumer again if someone removed it, and tells whether that was so.
+    pub(super) async fn repair_consumer(&self) -> Result<bool, SourceError> {
+        let Some(consumer) = self.consumer_lock().clone() else { return Ok(false) };
         self.open(&consumer.name).await?;
-        if self.consumer_arn().as_deref() != Some(&consumer.arn) {
+        let removed = self.consumer_arn().as_deref() != Some(&consumer.arn);
+        if removed {
             tracing::warn!(
                 stream = self.name(),
                 consumer = consumer.name,
                 "the fan-out consumer was removed while in use: it is registered again"
             );
         }
-        Ok(())
+        Ok(removed)
+    }
+
+    /// Whether any shard of the stream was ever read, and, with `true`, that one was.
+    pub(super) fn was_read(&self, now: bool) -> bool {
+        self.0.was_read.fetch_or(now, Ordering::Relaxed) || now
     }
 
     /// Polls from now on if that is allowed, and says so once.
@@ -221,9 +233,14 @@ impl Stream {
         L: Future<Output = Result<Option<T>, SourceError>>,
     {
         let give_up = Instant::now() + ACTIVE_LIMIT;
+        // Accounts share these calls' rates: five registrations, twenty descriptions a second.
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
         loop {
-            if let Some(found) = look().await? {
-                return Ok(found);
+            match look().await {
+                Ok(Some(found)) => return Ok(found),
+                Ok(None) => {}
+                Err(error) if error.is_throttled() => tracing::debug!("{error}; trying again"),
+                Err(error) => return Err(error),
             }
             if Instant::now() >= give_up {
                 return Err(SourceError::NotActive {
@@ -232,7 +249,7 @@ impl Stream {
                     waited_secs: ACTIVE_LIMIT.as_secs(),
                 });
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(backoff.next_wait()).await;
         }
     }
 

@@ -32,8 +32,10 @@ pub use signal::shutdown_signal;
 
 use crate::{
     handler::Handler,
-    lease::{self, HeldLease, LeaseError, LeaseLoop, Looked, dynamodb::LeaseTable},
-    shard::{InitialPosition, ShardId},
+    lease::{
+        self, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked, dynamodb::LeaseTable,
+    },
+    shard::ShardId,
     source::{SourceError, Stream},
 };
 use settings::Settings;
@@ -204,6 +206,7 @@ where
             worker: &self,
         };
         let idle_limit = self.settings.stop_when_idle;
+        let stop = running.stop.clone();
         let mut look_at = Instant::now();
         let result = loop {
             tokio::select! {
@@ -223,7 +226,19 @@ where
                     }
                 }
                 () = sleep_until(look_at) => {
-                    match running.look().await {
+                    let mut look = pin!(running.look());
+                    // A look is not cut off, or a lease just taken would have nobody to read it. But
+                    // the shards stop at once.
+                    let looked = tokio::select! {
+                        biased;
+                        looked = &mut look => looked,
+                        () = &mut shutdown => {
+                            stop.cancel();
+                            look.await
+                        }
+                    };
+                    match looked {
+                        Ok(_) if stop.is_cancelled() => break Ok(()),
                         Ok(again_at) => look_at = again_at,
                         Err(error) => break Err(error),
                     }
@@ -281,9 +296,9 @@ where
             Err(error) => (Instant::now() + LOOK_AGAIN, Some(error)),
         };
         match &error {
-            None if self.failing => tracing::info!("the lease table can be used again"),
+            None if self.failing => tracing::info!("looking for leases works again"),
             Some(error) if !self.failing => tracing::warn!(
-                "{error}; shards that this worker has are read on while their leases can be renewed; \
+                "looking for leases failed: {error}; the shards that this worker has are read on; \
                  trying again"
             ),
             _ => {}

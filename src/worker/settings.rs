@@ -6,9 +6,9 @@ use jiff::Timestamp;
 use super::{Worker, WorkerError};
 use crate::{
     handler::Handler,
-    lease::{LeaseStore as _, dynamodb::LeaseTable},
+    lease::{InitialPosition, dynamodb::LeaseTable},
     ocs::ServiceDay,
-    shard::{InitialPosition, ShardId},
+    shard::ShardId,
     source::{Retrieval, Stream},
 };
 
@@ -40,6 +40,9 @@ impl StartPosition {
         }
     }
 }
+
+/// As good as no limit, and small enough to be added to any time.
+const A_YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
 #[derive(Debug, Clone)]
 pub(super) struct Settings {
@@ -125,8 +128,8 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
-    /// The name by which other workers know this one. It must be its own: two workers of one name take
-    /// each other's leases. A worker that is restarted under its old name takes its leases back at
+    /// The name by which other workers know this one. It must be its own: two processes of one name
+    /// cannot be told apart, and both read the shards of either. A worker that is restarted under its old name takes its leases back at
     /// once. Default: host name, process id and a random part.
     pub fn worker_id(mut self, id: impl Into<String>) -> Self {
         self.settings.worker_id = id.into();
@@ -134,9 +137,11 @@ impl<F> WorkerBuilder<F> {
     }
 
     /// How long a lease lasts without renewal: after this, others take the shards of a worker that
-    /// died. It is renewed when two fifths of it have passed. Default: 10 s.
+    /// died. It is renewed when two fifths of it have passed, and every 4 s at least. All workers of an
+    /// application ought to have the same (in the KCL: `failoverTimeMillis`): one with a shorter
+    /// duration may take what another still reads. Default: 10 s.
     pub fn lease_duration(mut self, duration: Duration) -> Self {
-        self.settings.lease_duration = duration;
+        self.settings.lease_duration = duration.min(A_YEAR);
         self
     }
 
@@ -149,14 +154,14 @@ impl<F> WorkerBuilder<F> {
     /// How long a worker that is asked to hand a shard over may take to finish its batch, before the
     /// shard is taken from it. Default: 30 s.
     pub fn hand_over_limit(mut self, limit: Duration) -> Self {
-        self.settings.hand_over_limit = limit;
+        self.settings.hand_over_limit = limit.min(A_YEAR);
         self
     }
 
     /// How often progress is stored: what was handled since comes again after a crash. At the end of a
     /// shard and at a stop it is stored in any case. Default: 5 s.
     pub fn checkpoint_interval(mut self, interval: Duration) -> Self {
-        self.settings.checkpoint_interval = interval;
+        self.settings.checkpoint_interval = interval.min(A_YEAR);
         self
     }
 
@@ -168,7 +173,7 @@ impl<F> WorkerBuilder<F> {
 
     /// How long a stop may take, before shards whose handler is still busy are given up. Default: 30 s.
     pub fn shutdown_limit(mut self, limit: Duration) -> Self {
-        self.settings.shutdown_limit = limit;
+        self.settings.shutdown_limit = limit.min(A_YEAR);
         self
     }
 
@@ -190,9 +195,7 @@ impl<F> WorkerBuilder<F> {
         let table = LeaseTable::new(&self.config, name);
         let (opened, ensured) = tokio::join!(stream.open(&self.application), table.ensure());
         opened?;
-        if ensured? {
-            tracing::info!(table = table.name(), "lease table created");
-        }
+        ensured?;
         Ok(Worker { stream, table, settings: self.settings, make_handler: self.make_handler })
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use jiff::Timestamp;
 use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::Instrument as _;
 
 use super::{Counters, Settings, WorkerError};
@@ -15,9 +15,12 @@ use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
     handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace},
-    lease::{Change, HeldLease, Lease, LeaseError, LeaseStore as _, dynamodb::LeaseTable},
+    lease::{
+        Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore as _,
+        dynamodb::LeaseTable,
+    },
     record::{ShardName, unpack},
-    shard::{ChildShard, InitialPosition, Shard},
+    shard::{ChildShard, Shard},
     source::{Place, Prefetch, Read, ShardReader, Stream},
 };
 
@@ -82,12 +85,12 @@ impl ShardTask {
         async {
             // A task of its own: a handler that blocks its thread must not cost the lease.
             let keeper = tokio::spawn(self.held.clone().keep().in_current_span());
+            let _keeper = AbortOnDropHandle::new(keeper);
             let outcome = tokio::select! {
                 biased;
                 () = self.held.lost() => Outcome::Lost,
                 outcome = self.read(lease, &mut handler) => outcome,
             };
-            keeper.abort();
             if let Outcome::Lost = outcome {
                 handler.lost().await;
             }
@@ -182,7 +185,7 @@ impl ShardTask {
             }
             (Checkpoint::TrimHorizon | Checkpoint::ShardEnd, ..) => return Ok(Place::TrimHorizon),
             (_, Some(start_at), _) => return Ok(Place::Time(start_at)),
-            (Checkpoint::Latest, None, _) => Timestamp::now(),
+            (Checkpoint::Latest, None, _) => Place::pin_time(Timestamp::now()),
             (Checkpoint::AtTimestamp, None, InitialPosition::At(at)) => at,
             (Checkpoint::AtTimestamp, None, _) => {
                 tracing::warn!(
@@ -208,7 +211,7 @@ impl ShardTask {
         handler: &mut impl Handler,
         progress: &mut Progress,
     ) -> Result<(), Interrupt> {
-        self.held.set_caught_up(read.records.is_empty());
+        self.held.set_caught_up(read.reached_tip());
         let mut batch = Batch { messages: Vec::new(), behind: read.behind };
         let mut finished = None;
         for record in read.records.drain(..) {
@@ -322,32 +325,37 @@ impl ShardTask {
     /// Gives the following shards their leases, and then marks this one finished: in this order, so
     /// that a crash between the two repeats the first and loses nothing.
     async fn end(&self, children: Vec<ChildShard>) -> Result<(), Interrupt> {
-        for child in &children {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
+        while let Err(error) = self.create_children(&children).await {
+            tracing::warn!("{error}; trying again while the lease is ours");
+            tokio::time::sleep(backoff.next_wait()).await;
+        }
+        let children = children.into_iter().map(|child| child.id).collect();
+        Ok(self.held.write_surely(&Change::End { children }).await?)
+    }
+
+    async fn create_children(&self, children: &[ChildShard]) -> Result<(), WorkerError> {
+        if children.is_empty() {
+            return Ok(());
+        }
+        // A child of a merge has two parents, of which some servers name only the one that was read.
+        let listed = self.stream.shards().await?;
+        for child in children {
+            let mut parents = child.parents.clone();
+            let known = listed.iter().find(|shard| shard.id == child.id);
+            parents.extend(known.into_iter().flat_map(|shard| shard.parents.iter().cloned()));
             let shard = Shard {
                 id: child.id.clone(),
-                parents: child.parents.clone(),
+                parents,
                 hash_key_range: child.hash_key_range,
                 closed: false,
             };
             let lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
-            let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
-            loop {
-                match self.held.store().create(&lease).await {
-                    Ok(true) => {
-                        tracing::info!(child = %child.id, "lease created for a child shard")
-                    }
-                    Ok(false) => {}
-                    Err(error) => {
-                        tracing::warn!("{error}; trying again while the lease is ours");
-                        tokio::time::sleep(backoff.next_wait()).await;
-                        continue;
-                    }
-                }
-                break;
+            if self.held.store().create(&lease).await? {
+                tracing::info!(child = %child.id, "lease created for a child shard");
             }
         }
-        let children = children.into_iter().map(|child| child.id).collect();
-        Ok(self.held.write_surely(&Change::End { children }).await?)
+        Ok(())
     }
 }
 

@@ -71,8 +71,6 @@ fn p1_latest_is_pinned_when_the_shard_is_opened_so_a_crash_skips_nothing() {
     for retrieval in ["fan-out", "polling"] {
         let servers = Servers::with_stream(STREAM, 1);
         servers.put_lines(STREAM, "k", &lines(0, 5));
-        // The embedded server cuts arrival times to the second.
-        std::thread::sleep(std::time::Duration::from_millis(1100));
         let args = ["--start", "latest", "--retrieval", retrieval, "--worker-id", "w1", "-v"];
         let mut first = Running::start(servers.tramline(&consume(&args)));
         first.wait_for_log(if retrieval == "polling" {
@@ -82,7 +80,9 @@ fn p1_latest_is_pinned_when_the_shard_is_opened_so_a_crash_skips_nothing() {
         });
         first.kill();
         servers.put_lines(STREAM, "k", &lines(5, 10));
-        assert_eq!(consume_all(&servers, &args), lines(5, 10), "{retrieval}");
+        // The pinned time is a few seconds early, in case our clock is ahead of the server's.
+        let seen = consume_all(&servers, &args);
+        assert!(seen.ends_with(&lines(5, 10)), "{retrieval}: {seen:?}");
     }
 }
 

@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use crate::support::{Running, lines, raws, run, tramline};
+use crate::support::{Running, create_stream, lines, raws, run, tramline};
 
 /// The variables that `tramline local` printed.
 fn environment(local: &Running) -> HashMap<String, String> {
@@ -35,7 +35,7 @@ async fn local_servers_can_be_used_by_the_printed_variables_and_keep_their_data(
     let local = Running::start(tramline(&["local", "--dir", path]));
     let variables = environment(&local);
     let kinesis = client(&variables);
-    kinesis.create_stream().stream_name("kept").shard_count(1).send().await.expect("a stream");
+    create_stream(&kinesis, "kept", 1).await;
     let put = |kinesis: aws_sdk_kinesis::Client, line: String| async move {
         kinesis
             .put_record()

@@ -3,6 +3,7 @@
 mod consume;
 mod demo;
 mod errors;
+mod fleet;
 mod generate;
 mod local;
 mod produce;

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aws_sdk_kinesis::{Client, primitives::Blob};
+use aws_sdk_kinesis::{Client, primitives::Blob, types::StreamStatus};
 use tramline::local::{Local, LocalSettings};
 
 /// No condition takes this long unless something is wrong. Generous: machines differ.
@@ -49,8 +49,7 @@ impl Servers {
     }
 
     pub fn create_stream(&self, name: &str, shards: i32) {
-        let create = self.kinesis.create_stream().stream_name(name).shard_count(shards);
-        self.wait(create.send()).expect("a stream");
+        self.wait(create_stream(&self.kinesis, name, shards));
     }
 
     pub fn wait<T>(&self, future: impl Future<Output = T>) -> T {
@@ -79,6 +78,22 @@ impl Servers {
         let mut command = tramline(args);
         command.envs(self.local.environment());
         command
+    }
+}
+
+/// Creates a stream and waits until it can be used.
+pub async fn create_stream(kinesis: &Client, name: &str, shards: i32) {
+    kinesis.create_stream().stream_name(name).shard_count(shards).send().await.expect("a stream");
+    let give_up = Instant::now() + LIMIT;
+    loop {
+        let described = kinesis.describe_stream_summary().stream_name(name).send().await;
+        let status =
+            described.expect("a stream").stream_description_summary.map(|s| s.stream_status);
+        if status == Some(StreamStatus::Active) {
+            return;
+        }
+        assert!(Instant::now() < give_up, "the stream does not become active");
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 

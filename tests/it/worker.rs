@@ -16,7 +16,7 @@ use tramline::{
     local::{Local, LocalSettings},
 };
 
-use crate::support::{LIMIT, event, lines};
+use crate::support::{LIMIT, create_stream, event, lines};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 
@@ -48,7 +48,7 @@ async fn put(kinesis: &Client, line: &str) {
 
 async fn with_stream(local: &Local) -> Client {
     let kinesis = Client::new(&local.sdk_config());
-    kinesis.create_stream().stream_name(STREAM).shard_count(1).send().await.expect("a stream");
+    create_stream(&kinesis, STREAM, 1).await;
     kinesis
 }
 
@@ -141,9 +141,6 @@ async fn p1_an_iterator_that_expires_before_the_first_record_after_latest_skips_
     .await
     .expect("servers");
     let kinesis = with_stream(&local).await;
-    put(&kinesis, "0,DIAG,12:00:00,before").await;
-    // The embedded server cuts arrival times to the second.
-    tokio::time::sleep(Duration::from_millis(1100)).await;
     let (mut messages, stop, running) =
         start_worker(&local, Retrieval::Polling, StartPosition::Latest).await;
     tokio::time::sleep(Duration::from_millis(2500)).await;

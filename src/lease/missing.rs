@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
-use super::{Shard, ShardId};
-use crate::checkpoint::Checkpoint;
+use super::Lease;
+use crate::{
+    checkpoint::Checkpoint,
+    shard::{Shard, ShardId},
+};
 
 /// Where a shard starts that nobody has read before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,39 +39,44 @@ impl InitialPosition {
     }
 }
 
-/// The leases to create for `shards`, given those in the table, each with the checkpoint it starts
-/// from.
+/// The leases to create for `shards`, given those that exist.
 ///
 /// - A shard that comes from a leased one is read from its first record: what its parent did not
-///   carry any more is there.
+///   carry any more is there. Only while the parent has not begun, and starts at a time, the child
+///   starts at the same time.
 /// - A shard whose descendant is leased was finished and its lease deleted: it is left alone, or it
 ///   would be read a second time.
 /// - Any other shard starts at `initial`; from `latest` a closed one has nothing to give.
 ///
 /// Children get their leases at once and wait for their parents (P5), so a reader that was away while
 /// the stream was resharded twice finds every generation.
-pub fn missing_leases(
-    shards: &[Shard],
-    leased: &BTreeSet<ShardId>,
-    initial: InitialPosition,
-) -> Vec<(Shard, Checkpoint)> {
-    let by_id: BTreeMap<&ShardId, &Shard> = shards.iter().map(|s| (&s.id, s)).collect();
-    let superseded = ancestors(leased.iter(), &by_id);
+pub fn missing_leases(shards: &[Shard], leases: &[Lease], initial: InitialPosition) -> Vec<Lease> {
+    let listed: BTreeMap<&ShardId, &Shard> = shards.iter().map(|s| (&s.id, s)).collect();
+    let leased: BTreeMap<&ShardId, &Lease> = leases.iter().map(|l| (&l.shard, l)).collect();
+    let superseded = ancestors(leased.keys().copied(), &listed);
 
-    let mut missing: Vec<_> = shards
+    let mut missing: Vec<Lease> = shards
         .iter()
-        .filter(|shard| !leased.contains(&shard.id) && !superseded.contains(&shard.id))
+        .filter(|shard| !leased.contains_key(&shard.id) && !superseded.contains(&shard.id))
         .filter_map(|shard| {
-            let continues = ancestors([&shard.id], &by_id).iter().any(|a| leased.contains(a));
-            match (continues, initial) {
-                (true, InitialPosition::At(_)) => Some((shard.clone(), Checkpoint::AtTimestamp)),
-                (true, _) => Some((shard.clone(), Checkpoint::TrimHorizon)),
-                (false, InitialPosition::Latest) if shard.closed => None,
-                (false, _) => Some((shard.clone(), initial.checkpoint())),
-            }
+            let ancestors = ancestors([&shard.id], &listed);
+            let tracked: Vec<&Lease> =
+                ancestors.iter().filter_map(|ancestor| leased.get(ancestor).copied()).collect();
+            let (checkpoint, start_at) = if tracked.is_empty() {
+                if shard.closed && initial == InitialPosition::Latest {
+                    return None;
+                }
+                (initial.checkpoint(), initial.time())
+            } else if tracked.iter().all(|lease| lease.checkpoint == Checkpoint::AtTimestamp) {
+                let earliest = tracked.iter().map(|lease| lease.start_at).min().flatten();
+                (Checkpoint::AtTimestamp, earliest)
+            } else {
+                (Checkpoint::TrimHorizon, None)
+            };
+            Some(Lease::new(shard, checkpoint, start_at))
         })
         .collect();
-    missing.sort_by(|(a, _), (b, _)| a.id.cmp(&b.id));
+    missing.sort_by(|a, b| a.shard.cmp(&b.shard));
     missing
 }
 
@@ -113,12 +121,21 @@ mod tests {
         ]
     }
 
-    fn missing(leased: &[&str], initial: InitialPosition) -> Vec<(String, Checkpoint)> {
-        let leased = leased.iter().map(|id| ShardId::from(*id)).collect();
-        missing_leases(&resharded(), &leased, initial)
+    fn leased(ids: &[&str], checkpoint: &Checkpoint, start_at: Option<Timestamp>) -> Vec<Lease> {
+        let shard = |id: &&str| resharded().into_iter().find(|shard| shard.id.as_str() == *id);
+        let lease = |shard| Lease::new(&shard, checkpoint.clone(), start_at);
+        ids.iter().filter_map(shard).map(lease).collect()
+    }
+
+    fn missing_from(leases: &[Lease], initial: InitialPosition) -> Vec<(String, Checkpoint)> {
+        missing_leases(&resharded(), leases, initial)
             .into_iter()
-            .map(|(shard, checkpoint)| (shard.id.to_string(), checkpoint))
+            .map(|lease| (lease.shard.to_string(), lease.checkpoint))
             .collect()
+    }
+
+    fn missing(ids: &[&str], initial: InitialPosition) -> Vec<(String, Checkpoint)> {
+        missing_from(&leased(ids, &Checkpoint::TrimHorizon, None), initial)
     }
 
     fn at(ids: &[&str], checkpoint: Checkpoint) -> Vec<(String, Checkpoint)> {
@@ -146,6 +163,22 @@ mod tests {
             missing(&["0", "3"], InitialPosition::Latest),
             at(&["1", "2", "4"], Checkpoint::TrimHorizon)
         );
+    }
+
+    #[test]
+    fn p1_a_later_start_time_does_not_cut_off_what_follows_a_shard_that_has_begun() {
+        let begun = Checkpoint::parse("17", 0).expect("a checkpoint");
+        let today = InitialPosition::At("2025-07-02T06:00:00Z".parse().expect("a time"));
+        assert_eq!(
+            missing_from(&leased(&["0", "3"], &begun, None), today),
+            at(&["1", "2", "4"], Checkpoint::TrimHorizon)
+        );
+        // One that has not begun hands its own start on, not that of this run.
+        let yesterday: Timestamp = "2025-07-01T06:00:00Z".parse().expect("a time");
+        let waiting = leased(&["0", "3"], &Checkpoint::AtTimestamp, Some(yesterday));
+        let created = missing_leases(&resharded(), &waiting, today);
+        assert!(created.iter().all(|lease| lease.checkpoint == Checkpoint::AtTimestamp));
+        assert!(created.iter().all(|lease| lease.start_at == Some(yesterday)));
     }
 
     #[test]
