@@ -34,8 +34,12 @@ pub struct HeldLease<S> {
     lease: tokio::sync::Mutex<Lease>,
     /// Set when we let go: what was on its way to the lease must not touch it any more.
     let_go: AtomicBool,
-    /// When the last successful write began.
+    /// When the last successful write began; or, if attempts before it got no answer, the first of
+    /// those: it may be the one that moved the counter.
     written_at: Mutex<Instant>,
+    unanswered_since: Mutex<Option<Instant>>,
+    /// From when on nobody else can be reading.
+    usable_from: Instant,
     lost: CancellationToken,
     asked: CancellationToken,
     /// When a read last found nothing more.
@@ -47,6 +51,7 @@ impl<S: LeaseStore> HeldLease<S> {
         store: S,
         lease: Lease,
         taken_at: Instant,
+        usable_from: Instant,
         duration: Duration,
         seed: u64,
     ) -> Self {
@@ -56,6 +61,8 @@ impl<S: LeaseStore> HeldLease<S> {
             seed: seed ^ lease.counter,
             lease: lease.into(),
             written_at: taken_at.into(),
+            unanswered_since: Mutex::new(None),
+            usable_from,
             lost: CancellationToken::new(),
             asked: CancellationToken::new(),
             let_go: AtomicBool::new(false),
@@ -76,7 +83,15 @@ impl<S: LeaseStore> HeldLease<S> {
     /// Whether it is certain that no other worker has the shard. After a pause of the whole process
     /// the clock knows it before any task does.
     pub fn is_valid(&self) -> bool {
-        !self.lost.is_cancelled() && Instant::now() < self.valid_until()
+        !self.lost.is_cancelled()
+            && !self.let_go.load(Ordering::Acquire)
+            && Instant::now() < self.valid_until()
+    }
+
+    /// Completes when nobody else can be reading any more: at once, unless the lease was taken from a
+    /// reader that did not let go.
+    pub async fn usable(&self) {
+        sleep_until(self.usable_from).await;
     }
 
     /// Completes when the lease is lost.
@@ -97,14 +112,12 @@ impl<S: LeaseStore> HeldLease<S> {
     /// Whether the last read found nothing more, and was not long ago: a shard that cannot be read is
     /// not caught up.
     pub fn is_caught_up(&self) -> bool {
-        let at = *self.caught_up.lock().unwrap_or_else(|poison| poison.into_inner());
-        at.is_some_and(|at| at.elapsed() < CAUGHT_UP_FOR)
+        lock(&self.caught_up).is_some_and(|at| at.elapsed() < CAUGHT_UP_FOR)
     }
 
     /// Notes whether a read found nothing more.
     pub fn set_caught_up(&self, caught_up: bool) {
-        let at = caught_up.then(Instant::now);
-        *self.caught_up.lock().unwrap_or_else(|poison| poison.into_inner()) = at;
+        *lock(&self.caught_up) = caught_up.then(Instant::now);
     }
 
     /// Writes a change. Refused if another worker wrote the lease: then it is lost.
@@ -124,12 +137,16 @@ impl<S: LeaseStore> HeldLease<S> {
                     _ => {}
                 }
                 *lease = written;
-                *self.written_at_lock() = began;
+                let unanswered_since = lock(&self.unanswered_since).take();
+                *lock(&self.written_at) = unanswered_since.unwrap_or(began);
                 Ok(())
             }
             Err(error) => {
-                if let LeaseError::Lost { .. } = error {
-                    self.lost.cancel();
+                match error {
+                    LeaseError::Lost { .. } => self.lost.cancel(),
+                    _ => {
+                        lock(&self.unanswered_since).get_or_insert(began);
+                    }
                 }
                 Err(error)
             }
@@ -205,14 +222,87 @@ impl<S: LeaseStore> HeldLease<S> {
     }
 
     fn written_at(&self) -> Instant {
-        *self.written_at_lock()
-    }
-
-    fn written_at_lock(&self) -> MutexGuard<'_, Instant> {
-        self.written_at.lock().unwrap_or_else(|poison| poison.into_inner())
+        *lock(&self.written_at)
     }
 
     fn valid_until(&self) -> Instant {
         plan::usable_until(self.written_at(), self.duration)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        aws::{AwsError, AwsErrorKind},
+        checkpoint::Checkpoint,
+        lease::MemoryTable,
+        shard::{Shard, ShardId},
+    };
+
+    /// A table whose next answer gets lost after the write.
+    #[derive(Clone, Default)]
+    struct Deaf(MemoryTable, Arc<AtomicBool>);
+
+    impl LeaseStore for Deaf {
+        fn name(&self) -> &str {
+            "deaf"
+        }
+
+        async fn scan(&self) -> Result<Vec<Lease>, LeaseError> {
+            self.0.scan().await
+        }
+
+        async fn get(&self, shard: &ShardId) -> Result<Option<Lease>, LeaseError> {
+            self.0.get(shard).await
+        }
+
+        async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
+            self.0.create(lease).await
+        }
+
+        async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
+            let written = self.0.update(seen, change).await;
+            if self.1.swap(false, Ordering::SeqCst) {
+                let source = AwsError::new("dynamodb:UpdateItem", AwsErrorKind::Unreachable, "");
+                return Err(LeaseError::Table { table: "deaf".into(), source });
+            }
+            written
+        }
+
+        async fn delete(&self, seen: &Lease) -> Result<(), LeaseError> {
+            self.0.delete(seen).await
+        }
+
+        async fn ring(&self, shard: &ShardId) -> Result<(), LeaseError> {
+            self.0.ring(shard).await
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p4_a_renewal_whose_answer_got_lost_counts_from_when_it_was_sent() {
+        let shard = Shard { id: "a".into(), parents: vec![], hash_key_range: None, closed: false };
+        let lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
+        let store = Deaf::default();
+        store.create(&lease).await.expect("a lease");
+        let taken =
+            store.update(&lease, &Change::Take { worker: "me".into() }).await.expect("taken");
+        let (now, duration) = (Instant::now(), Duration::from_secs(10));
+        let held = HeldLease::new(store.clone(), taken, now, now, duration, 1);
+
+        tokio::time::advance(Duration::from_secs(4)).await;
+        store.1.store(true, Ordering::SeqCst);
+        assert!(held.write(&Change::Renew).await.is_err(), "written, but not heard of");
+        tokio::time::advance(Duration::from_secs(3)).await;
+        held.write(&Change::Renew).await.expect("recognised as written");
+        // Others saw the lease move at 4 s, and take it at 14 s.
+        tokio::time::advance(Duration::from_millis(5_900)).await;
+        assert!(held.is_valid());
+        tokio::time::advance(Duration::from_millis(200)).await;
+        assert!(!held.is_valid());
     }
 }

@@ -27,8 +27,43 @@ pub struct Settings {
     pub lease_duration: Duration,
     /// How long a reader that was asked may take to let go.
     pub hand_over_limit: Duration,
+    /// How long a finished lease is kept although nobody needs it any more: longer than a request to
+    /// create it can be on its way.
+    pub finished_kept_for: Duration,
     /// Determines the jitter of retries.
     pub seed: u64,
+}
+
+/// How long a finished lease is kept. AWS refuses a request that was signed more than five minutes ago
+/// (SigV4), so none that would create the lease again arrives after this.
+pub const FINISHED_KEPT_FOR: Duration = Duration::from_secs(360);
+/// How old a snapshot may be when leases are created by it: a process may have been paused since.
+const SNAPSHOT_GOOD_FOR: Duration = Duration::from_secs(20);
+
+/// Creates the leases that `listed` shards ought to have, parents first, and gives the table as it is
+/// when none is missing: other workers create them too, and a parent that was not seen would not block
+/// its children (P5).
+pub async fn create_missing<S: LeaseStore>(
+    store: &S,
+    listed: &[Shard],
+    initial: InitialPosition,
+) -> Result<Vec<Lease>, LeaseError> {
+    loop {
+        let looked_at = Instant::now();
+        let snapshot = store.scan().await?;
+        let missing = missing_leases(listed, &snapshot, initial);
+        if missing.is_empty() {
+            return Ok(snapshot);
+        }
+        for lease in &missing {
+            if looked_at.elapsed() > SNAPSHOT_GOOD_FOR {
+                break;
+            }
+            if store.create(lease).await? {
+                tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
+            }
+        }
+    }
 }
 
 /// What a look at the table led to.
@@ -110,20 +145,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
             let again_at = Instant::now() + interval;
             return Ok(Looked { taken: Vec::new(), again_at, error: None });
         }
-        self.snapshot = self.store.scan().await?;
-        if let Some((listed, initial)) = listed {
-            let missing = missing_leases(listed, &self.snapshot, initial);
-            for lease in &missing {
-                if self.store.create(lease).await? {
-                    tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
-                }
-            }
-            if !missing.is_empty() {
-                // Another worker may have created some of them: a parent that we do not see would not
-                // block its children (P5).
-                self.snapshot = self.store.scan().await?;
-            }
-        }
+        self.snapshot = match listed {
+            Some((listed, initial)) => create_missing(&self.store, listed, initial).await?,
+            None => self.store.scan().await?,
+        };
         self.snapshot.sort_by(|a, b| a.shard.cmp(&b.shard));
         let now = Instant::now();
         self.observed.see(&self.snapshot, now);
@@ -159,14 +184,21 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let mut failed = None;
         for (action, began, result) in results {
             match (action, result) {
-                (Action::Take(_), Ok(Some(lease))) => taken.push(self.hold(lease, began)),
+                (Action::Take(_), Ok(Some(lease))) => {
+                    taken.push(self.hold(lease, began, Instant::now()));
+                }
+                (Action::Force(_), Ok(Some(lease))) => {
+                    let usable_from = Instant::now() + self.settings.lease_duration;
+                    taken.push(self.hold(lease, began, usable_from));
+                }
                 (Action::Ask(_), Ok(Some(lease))) => {
                     self.asked.insert(lease.shard, now);
                 }
                 // Another worker was faster.
                 (_, Ok(_) | Err(LeaseError::Lost { .. })) => {}
                 (action, Err(error)) => {
-                    if let Action::Take(lease) | Action::Ask(lease) = action {
+                    if let Action::Take(lease) | Action::Force(lease) | Action::Ask(lease) = action
+                    {
                         // It may have been written all the same: then the row will name us.
                         self.asked.insert(lease.shard, now);
                     }
@@ -192,16 +224,18 @@ impl<S: LeaseStore> LeaseLoop<S> {
             max_leases: self.settings.max_leases,
             lease_duration: self.settings.lease_duration,
             hand_over_limit: self.settings.hand_over_limit,
+            finished_kept_for: self.settings.finished_kept_for,
         };
         plan(&self.snapshot, &self.observed, &planner)
     }
 
-    fn hold(&mut self, lease: Lease, taken_at: Instant) -> Arc<HeldLease<S>> {
+    fn hold(&mut self, lease: Lease, taken_at: Instant, usable_from: Instant) -> Arc<HeldLease<S>> {
         let shard = lease.shard.clone();
         self.asked.remove(&shard);
         let Settings { lease_duration, seed, .. } = self.settings;
-        let held =
-            Arc::new(HeldLease::new(self.store.clone(), lease, taken_at, lease_duration, seed));
+        let store = self.store.clone();
+        let held = HeldLease::new(store, lease, taken_at, usable_from, lease_duration, seed);
+        let held = Arc::new(held);
         self.held.insert(shard, held.clone());
         held
     }
@@ -209,7 +243,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
     async fn carry_out(&self, action: &Action) -> Result<Option<Lease>, LeaseError> {
         let worker = || self.settings.worker.clone();
         match action {
-            Action::Take(lease) => {
+            Action::Take(lease) | Action::Force(lease) => {
                 let taken = self.store.update(lease, &Change::Take { worker: worker() }).await?;
                 tracing::info!(
                     shard = %taken.shard, counter = taken.counter, checkpoint = %taken.checkpoint,

@@ -49,13 +49,14 @@ impl InitialPosition {
 /// - Any other shard starts at `initial`; from `latest` a closed one has nothing to give.
 ///
 /// Children get their leases at once and wait for their parents (P5), so a reader that was away while
-/// the stream was resharded twice finds every generation.
+/// the stream was resharded twice finds every generation. They come after their parents: one without
+/// the other, after a crash between the two, must be the parent, or it would count as finished.
 pub fn missing_leases(shards: &[Shard], leases: &[Lease], initial: InitialPosition) -> Vec<Lease> {
     let listed: BTreeMap<&ShardId, &Shard> = shards.iter().map(|s| (&s.id, s)).collect();
     let leased: BTreeMap<&ShardId, &Lease> = leases.iter().map(|l| (&l.shard, l)).collect();
     let superseded = ancestors(leased.keys().copied(), &listed);
 
-    let mut missing: Vec<Lease> = shards
+    let mut missing: Vec<(usize, Lease)> = shards
         .iter()
         .filter(|shard| !leased.contains_key(&shard.id) && !superseded.contains(&shard.id))
         .filter_map(|shard| {
@@ -73,11 +74,11 @@ pub fn missing_leases(shards: &[Shard], leases: &[Lease], initial: InitialPositi
             } else {
                 (Checkpoint::TrimHorizon, None)
             };
-            Some(Lease::new(shard, checkpoint, start_at))
+            Some((ancestors.len(), Lease::new(shard, checkpoint, start_at)))
         })
         .collect();
-    missing.sort_by(|a, b| a.shard.cmp(&b.shard));
-    missing
+    missing.sort_by(|(a, one), (b, other)| a.cmp(b).then_with(|| one.shard.cmp(&other.shard)));
+    missing.into_iter().map(|(_, lease)| lease).collect()
 }
 
 /// Every listed or named shard that one of `ids` descends from.
@@ -128,10 +129,12 @@ mod tests {
     }
 
     fn missing_from(leases: &[Lease], initial: InitialPosition) -> Vec<(String, Checkpoint)> {
-        missing_leases(&resharded(), leases, initial)
+        let mut missing: Vec<_> = missing_leases(&resharded(), leases, initial)
             .into_iter()
             .map(|lease| (lease.shard.to_string(), lease.checkpoint))
-            .collect()
+            .collect();
+        missing.sort_by(|(a, _), (b, _)| a.cmp(b));
+        missing
     }
 
     fn missing(ids: &[&str], initial: InitialPosition) -> Vec<(String, Checkpoint)> {
@@ -150,6 +153,17 @@ mod tests {
             missing(&[], InitialPosition::At(Timestamp::UNIX_EPOCH)),
             at(&all, Checkpoint::AtTimestamp)
         );
+    }
+
+    #[test]
+    fn p1_parents_get_their_leases_before_their_children() {
+        let mut shards = resharded();
+        shards.reverse();
+        let order: Vec<String> = missing_leases(&shards, &[], InitialPosition::TrimHorizon)
+            .into_iter()
+            .map(|lease| lease.shard.to_string())
+            .collect();
+        assert_eq!(order, ["0", "3", "1", "2", "4"]);
     }
 
     #[test]

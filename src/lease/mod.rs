@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use jiff::Timestamp;
 
 pub use held::HeldLease;
-pub use lease_loop::{LeaseLoop, Looked, Settings};
+pub use lease_loop::{FINISHED_KEPT_FOR, LeaseLoop, Looked, Settings, create_missing};
 pub use memory::{MemoryTable, Requests};
 pub use missing::{InitialPosition, missing_leases};
 

@@ -92,13 +92,18 @@ pub struct Planner<'a> {
     pub lease_duration: Duration,
     /// How long a reader that was asked may take to let go.
     pub hand_over_limit: Duration,
+    /// How long a finished lease is kept although nobody needs it any more.
+    pub finished_kept_for: Duration,
 }
 
 /// One thing to do. Each is carried out by a conditional write, which may be refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Become the reader of a lease that has none, or whose reader is dead or does not let go.
+    /// Become the reader of a lease that has none, or whose reader is dead.
     Take(Lease),
+    /// Take a lease from a living reader that was asked and does not let go. It may go on until it
+    /// learns of it, so the new reader starts when that time is over.
+    Force(Lease),
     /// Ask a living reader to hand the lease over.
     Ask(Lease),
     /// Take a lease from its dead reader for the worker that the plan gives it to.
@@ -131,14 +136,21 @@ pub fn plan(
         }
         match own_row(lease, observed, planner, now) {
             Own::Take => actions.push(Action::Take((*lease).clone())),
+            Own::Force => actions.push(Action::Force((*lease).clone())),
             Own::LetGo => actions.push(Action::LetGo((*lease).clone())),
             Own::Wait => {}
             Own::NotOurs => left_over.push(*lease),
         }
     }
     actions.extend(share(&startable, &left_over, observed, planner, now));
+    let unmoved = |lease: &Lease| observed.unmoved_for(&lease.shard, now);
     actions.extend(
-        snapshot.iter().filter(|lease| is_done_with(lease, snapshot)).cloned().map(Action::Delete),
+        snapshot
+            .iter()
+            .filter(|lease| is_done_with(lease, snapshot))
+            .filter(|lease| unmoved(lease) > planner.finished_kept_for)
+            .cloned()
+            .map(Action::Delete),
     );
     // What was ours before, and then what is: never more than allowed.
     let mut room = planner.max_leases.saturating_sub(planner.held.len() + planner.asked.len());
@@ -156,6 +168,7 @@ pub fn plan(
 
 enum Own {
     Take,
+    Force,
     LetGo,
     Wait,
     NotOurs,
@@ -169,11 +182,12 @@ fn own_row(lease: &Lease, observed: &Observations, planner: &Planner<'_>, now: I
         // Asked before a restart, and not reading any more.
         Some(reader) if reader == planner.worker => Own::LetGo,
         Some(_) if owned => {
-            // The reader is dead, or does not let go. After a restart the time counts from the first
-            // look.
+            // After a restart the time counts from the first look.
             let waited = planner.asked.get(&lease.shard).map_or(unmoved, |since| now - *since);
-            if unmoved > planner.lease_duration || waited > planner.hand_over_limit {
+            if unmoved > planner.lease_duration {
                 Own::Take
+            } else if waited > planner.hand_over_limit {
+                Own::Force
             } else {
                 Own::Wait
             }
@@ -384,6 +398,7 @@ mod tests {
 
     const DURATION: Duration = Duration::from_secs(10);
     const LIMIT: Duration = Duration::from_secs(30);
+    const KEPT: Duration = Duration::from_secs(360);
 
     fn lease(shard: &str, parents: &[&str], owner: Option<&str>) -> Lease {
         let shard = Shard {
@@ -435,9 +450,11 @@ mod tests {
                 max_leases: self.max_leases,
                 lease_duration: DURATION,
                 hand_over_limit: LIMIT,
+                finished_kept_for: KEPT,
             };
             let shown = |action: Action| match action {
                 Action::Take(lease) => format!("take {}", lease.shard),
+                Action::Force(lease) => format!("force {}", lease.shard),
                 Action::Ask(lease) => format!("ask {}", lease.shard),
                 Action::Free(lease) => format!("free {}", lease.shard),
                 Action::LetGo(lease) => format!("let go {}", lease.shard),
@@ -500,6 +517,7 @@ mod tests {
             max_leases: usize::MAX,
             lease_duration: DURATION,
             hand_over_limit: LIMIT,
+            finished_kept_for: KEPT,
         };
         assert!(plan(&table, &me.observed, &planner, me.now).is_empty());
     }
@@ -600,7 +618,7 @@ mod tests {
         assert!(me.plans(&table).is_empty(), "the reader is alive");
         me.now = start + LIMIT + Duration::from_millis(1);
         table.iter_mut().for_each(|lease| lease.counter += 1);
-        assert_eq!(me.plans(&table), ["take 1"], "and takes too long");
+        assert_eq!(me.plans(&table), ["force 1"], "and takes too long");
     }
 
     impl Me {
@@ -629,13 +647,19 @@ mod tests {
         parent.checkpoint = Checkpoint::ShardEnd;
         parent.children = BTreeSet::from(["c".into()]);
         let mut child = lease("c", &["p"], Some("me"));
-        assert!(Me::new().plans(&[child.clone(), parent.clone()]).is_empty(), "not read yet");
+        let plans = |table: &[Lease]| {
+            let mut me = Me::new();
+            assert!(me.plans(table).is_empty(), "not before its time");
+            me.now += KEPT + Duration::from_millis(1);
+            me.plans(table)
+        };
+        assert!(plans(&[child.clone(), parent.clone()]).is_empty(), "not read yet");
         child.checkpoint = Checkpoint::parse("17", 0).expect("a checkpoint");
-        assert_eq!(Me::new().plans(&[child.clone(), parent.clone()]), ["delete p"]);
+        assert_eq!(plans(&[child.clone(), parent.clone()]), ["delete p"]);
         let mut grandparent = lease("grandparent", &[], None);
         grandparent.checkpoint = Checkpoint::ShardEnd;
-        assert!(Me::new().plans(&[child, grandparent, parent.clone()]).is_empty());
-        assert!(Me::new().plans(&[parent]).is_empty(), "no child has a lease");
+        assert!(plans(&[child, grandparent, parent.clone()]).is_empty());
+        assert!(plans(&[parent]).is_empty(), "no child has a lease");
     }
 
     #[test]
@@ -667,6 +691,7 @@ mod tests {
                 max_leases: usize::MAX,
                 lease_duration: DURATION,
                 hand_over_limit: LIMIT,
+                finished_kept_for: KEPT,
             };
             watch(&owned(owners), &planner)
         };

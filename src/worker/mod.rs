@@ -197,6 +197,7 @@ where
                     max_leases: self.settings.max_leases,
                     lease_duration: self.settings.lease_duration,
                     hand_over_limit: self.settings.hand_over_limit,
+                    finished_kept_for: lease::FINISHED_KEPT_FOR,
                     seed: rand::random(),
                 },
             ),

@@ -15,10 +15,7 @@ use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
     handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace},
-    lease::{
-        Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore as _,
-        dynamodb::LeaseTable,
-    },
+    lease::{self, Change, HeldLease, InitialPosition, Lease, LeaseError, dynamodb::LeaseTable},
     record::{ShardName, unpack},
     shard::{ChildShard, Shard},
     source::{Place, Prefetch, Read, ShardReader, Stream},
@@ -147,6 +144,12 @@ impl ShardTask {
         handler: &mut impl Handler,
         progress: &mut Progress,
     ) -> Result<Vec<ChildShard>, Interrupt> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(Interrupt::Stopped),
+            () = self.held.asked() => return Err(Interrupt::Asked),
+            () = self.held.usable() => {}
+        }
         let place = self.place(lease).await?;
         tracing::debug!(%place, "reading");
         handler.started(&lease.shard).await;
@@ -334,27 +337,26 @@ impl ShardTask {
         Ok(self.held.write_surely(&Change::End { children }).await?)
     }
 
+    /// Creates the leases that the stream's shards ought to have, those of the children among them. Not
+    /// the children's alone: the other parent of a merge may have no lease yet, and would then count as
+    /// finished.
     async fn create_children(&self, children: &[ChildShard]) -> Result<(), WorkerError> {
         if children.is_empty() {
             return Ok(());
         }
-        // A child of a merge has two parents, of which some servers name only the one that was read.
-        let listed = self.stream.shards().await?;
+        let mut listed = self.stream.shards().await?;
         for child in children {
-            let mut parents = child.parents.clone();
-            let known = listed.iter().find(|shard| shard.id == child.id);
-            parents.extend(known.into_iter().flat_map(|shard| shard.parents.iter().cloned()));
-            let shard = Shard {
-                id: child.id.clone(),
-                parents,
-                hash_key_range: child.hash_key_range,
-                closed: false,
-            };
-            let lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
-            if self.held.store().create(&lease).await? {
-                tracing::info!(child = %child.id, "lease created for a child shard");
+            // Kinesis named it; the list may be a moment behind.
+            if !listed.iter().any(|shard| shard.id == child.id) {
+                listed.push(Shard {
+                    id: child.id.clone(),
+                    parents: child.parents.clone(),
+                    hash_key_range: child.hash_key_range,
+                    closed: false,
+                });
             }
         }
+        lease::create_missing(self.held.store(), &listed, self.initial).await?;
         Ok(())
     }
 }

@@ -7,5 +7,6 @@ mod fleet;
 mod generate;
 mod local;
 mod produce;
+mod simulation;
 mod support;
 mod worker;

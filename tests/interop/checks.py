@@ -1,0 +1,504 @@
+"""The checks of tests/interop/run: what the program does, seen from outside, on servers of others.
+
+Reading order: `SCENARIOS` at the end, then a scenario, then what it uses.
+"""
+
+import argparse
+import datetime
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from typing import NamedTuple
+
+# No wait takes this many seconds unless something is wrong. Generous: machines differ.
+LIMIT = 60
+REGION = "us-east-1"
+# More than one, so that nothing passes only because there is one of it. Fewer than Kinesalite's limit
+# of 10 shards an account allows for all scenarios together.
+SHARDS = 2
+CONNECTIONS = 3
+# Neither someone's AWS profile or region nor a TRAMLINE_ setting may get in.
+BARE_ENV = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+
+
+class GaveUp(Exception):
+    """Something did not happen; the rest of the scenario makes no sense."""
+
+
+def wait_for(what, look, limit=LIMIT):
+    """Looks until there is something, and gives that."""
+    give_up = time.monotonic() + limit
+    while True:
+        found = look()
+        if found:
+            return found
+        if time.monotonic() > give_up:
+            raise GaveUp(f"waited {limit} s in vain for {what}")
+        time.sleep(0.05)
+
+
+class Process:
+    """A running program whose output goes to files."""
+
+    started = []
+
+    def __init__(self, name, command, env, folder):
+        self.name = name
+        base = os.path.join(folder, f"{len(Process.started):02}-{name}")
+        self.stdout_path, self.stderr_path = base + ".stdout", base + ".stderr"
+        with open(self.stdout_path, "wb") as stdout, open(self.stderr_path, "wb") as stderr:
+            # Its own session: Ctrl-C comes to us alone, and we end the others.
+            self.child = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                start_new_session=True,
+            )
+        Process.started.append(self)
+
+    def stdout(self):
+        with open(self.stdout_path, "rb") as file:
+            return file.read()
+
+    def stderr(self):
+        with open(self.stderr_path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def tail(self):
+        lines = self.stderr().splitlines()[-15:] or ["nothing on stderr"]
+        return "".join(f"\n      {self.name}: {line}" for line in lines)
+
+    def is_running(self):
+        return self.child.poll() is None
+
+    def until_logged(self, pattern, times=1):
+        """Waits until the pattern stands on stderr as often as that, and gives the last match."""
+
+        def look():
+            running = self.is_running()  # Before the look: what it wrote last counts.
+            matches = list(re.finditer(pattern, self.stderr()))
+            if len(matches) >= times:
+                return matches[-1]
+            if not running:
+                raise GaveUp(f"{self.name} ended without saying {pattern!r}")
+            return None
+
+        return wait_for(f"{self.name} to say {pattern!r}", look)
+
+    def exit_code(self):
+        """Waits for the end; negative is the signal that ended it."""
+        try:
+            return self.child.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            raise GaveUp(f"{self.name} was still running after {LIMIT} s") from None
+
+    def terminate(self):
+        """Asks for a clean stop and gives the exit code."""
+        self.child.send_signal(signal.SIGTERM)
+        return self.exit_code()
+
+    def kill(self):
+        if self.is_running():
+            self.child.kill()
+        self.child.wait()
+
+
+class Servers:
+    """One Kinesis with one DynamoDB, and what the scenarios do with them."""
+
+    def __init__(self, name, kinesis, dynamodb, tramline, folder):
+        self.name = name
+        self.urls = {"kinesis": kinesis, "dynamodb": dynamodb}
+        self.program = tramline
+        self.folder = folder
+        self.passed = self.failed = 0
+        self.env = BARE_ENV | {
+            "AWS_ENDPOINT_URL_KINESIS": kinesis,
+            "AWS_ENDPOINT_URL_DYNAMODB": dynamodb,
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_REGION": REGION,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    def tramline(self, *arguments):
+        return Process(arguments[0], [self.program, *arguments], self.env, self.folder)
+
+    def check(self, ok, what, process=None, detail=""):
+        """Reports a check; of a process, if it is to blame, with the end of its stderr."""
+        if ok:
+            self.passed += 1
+            print(f"ok   {self.name}  {what}", flush=True)
+            return
+        self.failed += 1
+        if detail:
+            detail = f": {detail}"
+        print(f"FAIL {self.name}  {what}{detail}{process.tail() if process else ''}", flush=True)
+
+    def check_exit(self, process, code, wanted, what):
+        self.check(code == wanted, f"{what} (exit code {wanted})", process, f"exit code {code}")
+
+    def call(self, service, operation, **body):
+        return aws(self.urls[service], service, operation, body)
+
+    def create_stream(self, name):
+        self.call("kinesis", "CreateStream", StreamName=name, ShardCount=SHARDS)
+
+        def is_active():
+            answer = self.call("kinesis", "DescribeStreamSummary", StreamName=name)
+            return answer["StreamDescriptionSummary"]["StreamStatus"] == "ACTIVE"
+
+        wait_for(f"stream {name} to become active", is_active)
+        return name
+
+    def leases(self, table):
+        return self.call("dynamodb", "Scan", TableName=table, ConsistentRead=True)["Items"]
+
+
+TARGETS = {"kinesis": "Kinesis_20131202", "dynamodb": "DynamoDB_20120810"}
+# Whatever proxy the environment names is not for us.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def aws(url, service, operation, body):
+    """One AWS call. The servers look at the shape of the signature only; moto finds the service by it."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    headers = {
+        "Content-Type": "application/x-amz-json-" + ("1.1" if service == "kinesis" else "1.0"),
+        "X-Amz-Target": f"{TARGETS[service]}.{operation}",
+        "X-Amz-Date": now.strftime("%Y%m%dT%H%M%SZ"),
+        "Authorization": f"AWS4-HMAC-SHA256 Credential=x/{now:%Y%m%d}/{REGION}/{service}/aws4_request, "
+        f"SignedHeaders=host;x-amz-date, Signature={'0' * 64}",
+    }
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with OPENER.open(request, timeout=10) as answer:
+            return json.loads(answer.read() or "{}")
+    except urllib.error.HTTPError as error:
+        raise GaveUp(f"{operation}: {error}: {error.read().decode(errors='replace')[:300]}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise GaveUp(f"{operation}: {error!r}") from None
+
+
+class Message(NamedTuple):
+    """A line of `consume --format json`."""
+
+    shard: str
+    sequence_number: str
+    key: str
+    # OCS numbers the messages of a connection one by one, and a connection has its own partition key.
+    counter: int
+
+
+LINE_KEYS = [
+    "stream", "shard", "sequence_number", "sub_sequence_number", "partition_key", "arrived_at", "event",
+]
+
+
+def messages(consumer):
+    """What a consumer wrote to stdout. A line without its end is not there yet."""
+    lines = consumer.stdout().split(b"\n")[:-1]
+    return [message(consumer, line) for line in lines]
+
+
+def message(consumer, line):
+    try:
+        place = json.loads(line)
+        if list(place) != LINE_KEYS:
+            raise ValueError(f"its keys are not {LINE_KEYS}")
+        counter = int(place["event"]["data"]["raw"].split(",")[0])
+        return Message(place["shard"], place["sequence_number"], place["partition_key"], counter)
+    except (ValueError, KeyError, TypeError) as error:
+        raise GaveUp(f"{consumer.name} wrote a line that is no message: {line[:200]!r}: {error}") from None
+
+
+def out_of_order(found):
+    """Where the counter does not rise by one: after a gap, a repetition or a swap."""
+    last = {}
+    wrong = []
+    for message in found:
+        before = last.get(message.key)
+        if before is not None and message.counter != before + 1:
+            wrong.append(f"{message.counter} after {before} in partition {message.key}")
+        last[message.key] = message.counter
+    return wrong
+
+
+def count_each(found):
+    """How many messages there are, not counting repetitions."""
+    return len({(message.key, message.counter) for message in found})
+
+
+class Traffic:
+    """OCS senders and the producer they are connected to."""
+
+    def __init__(self, servers, stream, count, rate=0):
+        self.servers, self.count = servers, count
+        self.producer = servers.tramline("produce", "--listen", "127.0.0.1:0", "--stream", stream)
+        listening = self.producer.until_logged(r"listening for OCS connections address=(\S+)")
+        self.generator = servers.tramline(
+            "generate", "--to", listening[1], "--messages", str(count), "--rate", str(rate),
+            "--connections", str(CONNECTIONS), "--seed", "5",
+        )
+
+    def finish(self):
+        if code := self.generator.exit_code():
+            raise GaveUp(f"generate ended with exit code {code}")
+        # A stopping producer does not read on: what it has not read by then is not its own.
+        self.producer.until_logged("connection done", CONNECTIONS)
+        code = self.producer.terminate()
+        self.servers.check_exit(self.producer, code, 0, f"produce takes {self.count} messages and stops")
+
+
+def check_delivered(servers, consumer, count, what):
+    """Every message once, in order: so many, with the counter rising by one."""
+    found = messages(consumer)
+    wrong = out_of_order(found)
+    keys = len({message.key for message in found})
+    # A line that is not ended is none of ours: stdout carries messages and nothing else.
+    rest = consumer.stdout().split(b"\n")[-1]
+    servers.check(
+        len(found) == count and keys == CONNECTIONS and not wrong and not rest, what, consumer,
+        f"{len(found)} messages of {keys} connections; out of order: {wrong[:3]}; rest: {rest[:200]!r}",
+    )
+    return found
+
+
+def delivery(servers):
+    """Everything comes out once, in order; after a clean stop the next consumer goes on there."""
+    stream, app = servers.create_stream("delivery"), "delivery-app"
+    consume = ["consume", "--stream", stream, "--app", app, "--exit-when-idle", "3s", "--format", "json"]
+
+    Traffic(servers, stream, 500).finish()
+    consumer = servers.tramline(*consume, "--retrieval", "auto")
+    servers.check_exit(consumer, consumer.exit_code(), 0, "consume stops when idle")
+    first = check_delivered(servers, consumer, 500, "all 500 messages come once and in order")
+    told = consumer.stderr().count("falling back to polling")
+    servers.check(told == 1, "auto falls back to polling and says so once", consumer, f"{told} times")
+    check_leases(servers, app, first)
+
+    Traffic(servers, stream, 200).finish()
+    consumer = servers.tramline(*consume)
+    servers.check_exit(consumer, consumer.exit_code(), 0, "the next consumer stops when idle")
+    second = check_delivered(servers, consumer, 200, "it gets the 200 new messages and nothing else")
+    check_leases(servers, app, first + second)
+
+
+def check_leases(servers, app, delivered):
+    """After a clean stop the table has the Java KCL's attributes, no owners, and what was delivered."""
+    types = {
+        "leaseKey": "S",
+        "leaseCounter": "N",
+        "checkpoint": "S",
+        "checkpointSubSequenceNumber": "N",
+        "ownerSwitchesSinceCheckpoint": "N",
+    }
+    leases = servers.leases(app)
+    wrong = [
+        f"{name} is not of type {kind} in {lease}"
+        for lease in leases for name, kind in types.items() if list(lease.get(name, [])) != [kind]
+    ]
+    wrong += [f"an owner after a clean stop in {lease}" for lease in leases if "leaseOwner" in lease]
+    if len(leases) != SHARDS:
+        wrong.append(f"{len(leases)} leases for {SHARDS} shards")
+    what = "every lease row is as the Java KCL writes it, without an owner"
+    servers.check(not wrong, what, detail=str(wrong))
+    if wrong:
+        return
+    last = {message.shard: message.sequence_number for message in delivered}
+    # The hash of a partition key may leave a shard without a message.
+    wanted = {lease["leaseKey"]["S"]: last.get(lease["leaseKey"]["S"], "TRIM_HORIZON") for lease in leases}
+    stored = {lease["leaseKey"]["S"]: lease["checkpoint"]["S"] for lease in leases}
+    servers.check(
+        stored == wanted, "the checkpoints are the last records delivered",
+        detail=f"stored {stored}, delivered {wanted}",
+    )
+
+
+def fan_out_only(servers):
+    """Who insists on fan-out is told which operation the server does not know."""
+    stream = servers.create_stream("fan-out-only")
+    consumer = servers.tramline(
+        "consume", "--stream", stream, "--app", "fan-out-app", "--retrieval", "fan-out",
+    )
+    servers.check_exit(consumer, consumer.exit_code(), 1, "fan-out is refused where there is none")
+    errors = [line for line in consumer.stderr().splitlines() if " ERROR " in line]
+    # Kinesalite does not know consumers at all. moto registers one, but cannot subscribe it.
+    operation = r"does not know kinesis:(DescribeStreamConsumer|SubscribeToShard)"
+    servers.check(
+        len(errors) == 1 and re.search(operation, errors[0]), "one error line names the operation",
+        consumer, str(errors),
+    )
+
+
+def killed(servers):
+    """After kill -9 another consumer takes over; messages may come again, but none is missing."""
+    stream, app, count = servers.create_stream("killed"), "killed-app", 1000
+    consume = [
+        "consume", "--stream", stream, "--app", app, "--lease-duration", "2s", "--checkpoint-interval", "1s",
+    ]
+    first = servers.tramline(*consume)
+    traffic = Traffic(servers, stream, count, rate=150)
+
+    def is_half_way():
+        # With a checkpoint behind it, so that the other one has to go on in the middle.
+        return len(messages(first)) >= count // 2 and any(
+            lease["checkpoint"]["S"].isdigit() for lease in servers.leases(app)
+        )
+
+    wait_for("a consumer to be half-way", is_half_way)
+    first.kill()
+    second = servers.tramline(*consume)
+    traffic.finish()
+    before = messages(first)
+    try:
+        wait_for("the rest of the messages", lambda: count_each(before + messages(second)) >= count)
+    except GaveUp as error:
+        print(f"     {servers.name}  {error}")
+    servers.check_exit(second, second.terminate(), 0, "the consumer after a killed one stops on SIGTERM")
+    after = messages(second)
+    both = count_each(before + after)
+    servers.check(both == count, f"all {count} messages come despite kill -9", second, f"{both} came")
+    wrong = out_of_order(before) + out_of_order(after)
+    servers.check(not wrong, "each of the two consumers has them in order", second, str(wrong[:3]))
+    repeated = len(before) + len(after) - both
+    servers.check(
+        len(before) < count and len(after) < count,
+        "the second goes on from a checkpoint of the first", second,
+        f"{len(before)} before and {len(after)} after, {repeated} of them twice",
+    )
+
+
+def latest(servers):
+    """`latest` means: what comes after the shard was opened."""
+    # Not tested: the restart of a consumer that read nothing. It opens the shard at the time of its first
+    # start, and Kinesalite never answers AT_TIMESTAMP while no record is later.
+    stream = servers.create_stream("latest")
+    Traffic(servers, stream, 20).finish()
+    consumer = servers.tramline(
+        "consume", "--stream", stream, "--app", "latest-app", "--start", "latest", "-v",
+    )
+    consumer.until_logged("shard iterator opened", SHARDS)
+    Traffic(servers, stream, 50).finish()
+    try:
+        wait_for("50 messages", lambda: len(messages(consumer)) >= 50)
+    except GaveUp as error:
+        print(f"     {servers.name}  {error}")
+    servers.check_exit(consumer, consumer.terminate(), 0, "a consumer at latest stops on SIGTERM")
+    check_delivered(servers, consumer, 50, "latest gives the 50 later messages and no earlier one")
+
+
+SCENARIOS = [delivery, fan_out_only, killed, latest]
+
+
+def run(servers, processes):
+    """Runs every scenario on one set of servers."""
+    for scenario in SCENARIOS:
+        begin = len(Process.started)
+        try:
+            scenario(servers)
+        except GaveUp as error:
+            ended = [server for server in processes if not server.is_running()]
+            # Those that ended well have nothing to do with it.
+            to_blame = ended + [process for process in Process.started[begin:] if process.child.poll() != 0]
+            servers.check(False, scenario.__name__, detail=f"{error}{''.join(p.tail() for p in to_blame)}")
+        finally:
+            for process in Process.started[begin:]:
+                process.kill()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(name, command, service, operation, folder):
+    """Starts a server and waits for its first answer."""
+    port = free_port()
+    process = Process(name, [*command, "--port", str(port)], BARE_ENV, folder)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers():
+        if not process.is_running():
+            raise GaveUp(f"it ended at once{process.tail()}")
+        try:
+            return [aws(url, service, operation, {})]
+        except GaveUp:
+            return None
+
+    wait_for(f"an answer of {name}", answers)
+    return url, process
+
+
+def start_all(arguments, folder):
+    """Starts the servers that were installed. Gives their URLs and processes, and why others are missing."""
+    here = ["--host", "127.0.0.1"]
+    commands = {
+        # It has no --host.
+        "kinesalite": ("kinesis", "ListStreams", [arguments.kinesalite]),
+        "dynalite": ("dynamodb", "ListTables", [arguments.dynalite, *here]),
+        "moto": ("kinesis", "ListStreams", [arguments.moto, *here]),
+    }
+    urls, processes, missing = {}, [], []
+    for name, (service, operation, command) in commands.items():
+        if command[0] is None:
+            missing.append(f"{name}: it could not be installed, see above")
+            continue
+        try:
+            urls[name], process = start_server(name, command, service, operation, folder)
+            processes.append(process)
+        except (GaveUp, OSError) as error:
+            missing.append(f"{name}: {error}; delete tests/interop/.cache to install it anew")
+    return urls, processes, missing
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Started by tests/interop/run.")
+    parser.add_argument("--tramline", required=True)
+    for server in ("kinesalite", "dynalite", "moto"):
+        parser.add_argument(f"--{server}")
+    arguments = parser.parse_args()
+    tramline = os.path.abspath(arguments.tramline)
+    if not os.access(tramline, os.X_OK):
+        sys.exit(f"{tramline} cannot be run; build it, or set TRAMLINE to one that can")
+
+    folder = tempfile.mkdtemp(prefix="tramline-interop-")
+    passed = failed = 0
+    try:
+        urls, processes, missing = start_all(arguments, folder)
+        for kinesis, dynamodb in [("kinesalite", "dynalite"), ("moto", "moto")]:
+            if kinesis in urls and dynamodb in urls:
+                name = kinesis if kinesis == dynamodb else f"{kinesis}+{dynamodb}"
+                servers = Servers(name, urls[kinesis], urls[dynamodb], tramline, folder)
+                run(servers, processes)
+                passed, failed = passed + servers.passed, failed + servers.failed
+    finally:
+        for process in Process.started:
+            process.kill()
+        if failed:
+            print(f"the output of every process is in {folder}")
+        else:
+            shutil.rmtree(folder)
+    for reason in missing:
+        print(f"MISSING {reason}")
+    print(f"{passed} passed, {failed} failed")
+    # A run that checked nothing has not passed; in CI neither has one that left a server out.
+    incomplete = passed == 0 or (missing and os.environ.get("CI") == "true")
+    return 1 if failed or incomplete else 0
+
+
+if __name__ == "__main__":
+    # An exit instead of death, so that the processes are ended.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    sys.exit(main())
