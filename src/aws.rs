@@ -80,9 +80,11 @@ impl fmt::Display for AwsError {
                  AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role"
             ),
             AwsErrorKind::Unreachable => write!(f, "{operation} got no answer: {said}"),
-            AwsErrorKind::UnknownOperation => {
-                write!(f, "the server does not know {operation}: {said}")
-            }
+            AwsErrorKind::UnknownOperation => write!(
+                f,
+                "the server does not know {operation}: {said}; use another server, or for reading set \
+                 the retrieval to polling"
+            ),
             _ => write!(f, "{operation} failed: {said}"),
         }
     }
@@ -95,28 +97,47 @@ pub(crate) fn failure<E>(operation: &'static str, error: SdkError<E, HttpRespons
 where
     E: ProvideErrorMetadata + Error + 'static,
 {
-    let SdkError::ServiceError(service) = &error else { return unanswered(operation, &error) };
-    let http = service.raw();
-    let status = http.status();
-    let html = http.headers().get("content-type").is_some_and(|kind| kind.contains("text/html"));
+    let service = match &error {
+        SdkError::ServiceError(service) => service,
+        SdkError::ResponseError(response) => return unreadable(operation, response.raw(), &error),
+        _ => return unanswered(operation, &error),
+    };
+    let status = service.raw().status();
     let kind = match service.err().code() {
-        // AWS answers in JSON. A page of HTML comes from a server that has no such operation, or from a
-        // proxy that cannot reach its server.
-        _ if html && !matches!(status.as_u16(), 502..=504) => AwsErrorKind::UnknownOperation,
         Some(code) => match kind_of(code) {
             AwsErrorKind::Refused if status.is_server_error() => AwsErrorKind::Server,
+            // The same code stands for a rate and, when consumers are registered, for their number.
+            AwsErrorKind::Quota if operation != "kinesis:RegisterStreamConsumer" => {
+                AwsErrorKind::Throttled
+            }
             kind => kind,
         },
         None => AwsErrorKind::Server,
     };
-    // The same code stands for a rate and, when consumers are registered, for their number.
-    let kind = match kind {
-        AwsErrorKind::Quota if operation != "kinesis:RegisterStreamConsumer" => {
-            AwsErrorKind::Throttled
-        }
-        kind => kind,
-    };
     AwsError { operation, kind, said: said(service.err(), &format!("HTTP status {status}")) }
+}
+
+/// AWS answers in JSON. Anything else comes from something in between, such as a proxy that cannot reach
+/// its server; a page of HTML in answer to a subscription, from a server that does not know it (moto).
+fn unreadable(
+    operation: &'static str,
+    answer: &HttpResponse,
+    error: &(dyn Error + 'static),
+) -> AwsError {
+    let status = answer.status();
+    let html = answer.headers().get("content-type").is_some_and(|kind| kind.contains("text/html"));
+    let fan_out = operation == "kinesis:SubscribeToShard";
+    let kind = match status.as_u16() {
+        502..=504 => AwsErrorKind::Server,
+        _ if html && fan_out => AwsErrorKind::UnknownOperation,
+        _ => AwsErrorKind::Server,
+    };
+    let said = if html {
+        format!("HTTP status {status} with a page of HTML, which is no answer of AWS's")
+    } else {
+        format!("HTTP status {status} with an answer that cannot be read: {}", told(error))
+    };
+    AwsError { operation, kind, said }
 }
 
 /// Reads an error that arrived within an event stream.

@@ -52,6 +52,9 @@
 //! `cli` is the program `tramline`; `local` is [`local`], embedded Kinesis, DynamoDB and S3 for tests.
 //! Both are on by default; a service turns them off with `default-features = false`.
 
+#[cfg(not(unix))]
+compile_error!("Tramline runs on Unix: it uses its signals and file descriptors");
+
 mod aws;
 mod backoff;
 pub mod checkpoint;

@@ -24,10 +24,14 @@ pub(super) struct Parsed {
     pub warnings: Vec<String>,
 }
 
-/// The environment as text; what is not UTF-8 can be no setting of ours.
+/// The environment as text. A variable that is set to nothing is not set; one that is not UTF-8 is no
+/// valid setting, and is told as such when it is read.
 pub(super) fn process_environment() -> BTreeMap<String, String> {
     std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .filter(|(_, value)| !value.is_empty())
+        .filter_map(|(name, value)| {
+            Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
+        })
         .collect()
 }
 
@@ -109,9 +113,12 @@ fn from_file(
     let content: Map<String, Value> = if file.extension().is_some_and(|ending| ending == "json") {
         serde_json::from_str(&text).map_err(|error| error.to_string())
     } else {
-        toml::from_str(&text).map_err(|error| error.to_string())
+        toml::from_str(&text).map_err(|error: toml::de::Error| {
+            let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count()) + 1;
+            format!("line {line}: {}", error.message().replace('\n', ", "))
+        })
     }
-    .map_err(|error| format!("the config file {shown} cannot be read: {}", error.trim_end()))?;
+    .map_err(|error| format!("the config file {shown} cannot be read: {error}"))?;
 
     let mut settings = BTreeMap::new();
     let mut tables = Vec::new();
@@ -120,7 +127,10 @@ fn from_file(
     for (key, value) in &content {
         match (command.find_subcommand(key), value) {
             (Some(table), Value::Object(entries)) => tables.push((key, table, entries)),
-            _ => {
+            (Some(_), _) => {
+                return Err(format!("{shown}: `{key}` is a command: its settings go in a table"));
+            }
+            (None, _) => {
                 let valid = everywhere
                     .iter()
                     .copied()
@@ -202,14 +212,9 @@ fn with_defaults(
     settings: &BTreeMap<String, Setting>,
 ) -> Command {
     let apply = |command: Command| {
-        command.mut_args(|arg| {
-            match arg.get_long().and_then(|long| settings.get(long)) {
-                // An empty value of a variable says that it is not set.
-                Some(setting) if !setting.value.is_empty() => {
-                    arg.default_value(setting.value.clone()).required(false)
-                }
-                _ => arg,
-            }
+        command.mut_args(|arg| match arg.get_long().and_then(|long| settings.get(long)) {
+            Some(setting) => arg.default_value(setting.value.clone()).required(false),
+            None => arg,
         })
     };
     apply(command).mut_subcommand(subcommand, apply)
@@ -336,6 +341,7 @@ mod tests {
             ("[produce]\nlisen = 1", "unknown key `produce.lisen`; did you mean `listen`?"),
             ("[consum]\nstream = \"s\"", "unknown key `consum`; did you mean `consume`?"),
             ("config = \"x\"", "unknown key `config`"),
+            ("consume = \"x\"", "`consume` is a command"),
             ("stream = [1]", "the key `stream` takes one value"),
         ] {
             let error = consume(&["--app", "a"], &[], Some((".toml", toml))).expect_err(toml);

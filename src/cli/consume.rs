@@ -51,7 +51,7 @@ pub(super) struct Consume {
     pub(super) exit_when_idle: Option<Duration>,
 
     /// How long a lease lasts without renewal; the same for all workers of the application
-    #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "10s")]
+    #[arg(long, value_name = "DURATION", value_parser = values::lease_duration, default_value = "10s")]
     lease_duration: Duration,
 
     /// The most shards that this worker reads [default: no limit]
@@ -77,7 +77,7 @@ pub(super) struct Consume {
 
 impl Consume {
     pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
-        let stdout = Stdout::new(self.format);
+        let stdout = Stdout::new(self.format)?;
         let feed = stdout.clone();
         let mut worker = Worker::builder(config, self.stream, self.app)
             .start(self.start)

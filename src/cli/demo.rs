@@ -1,6 +1,7 @@
 use std::{
     collections::HashMap,
     fmt,
+    io::Write as _,
     net::SocketAddr,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard},
@@ -86,7 +87,7 @@ impl Demo {
         }
         let checker = Arc::new(Mutex::new(checker));
 
-        let stdout = Stdout::new(Format::Json);
+        let stdout = Stdout::new(Format::Json)?;
         let handler =
             Check { stdout: stdout.clone(), checker: checker.clone(), progress: progress.clone() };
         let building = Worker::builder(&config, STREAM, APPLICATION)
@@ -122,7 +123,8 @@ impl Demo {
 
         let checker = lock(&checker);
         let summary = Summary { checker: &checker, produced, shards: self.shards };
-        eprint!("{summary}");
+        // A closed stderr is no reason to fail.
+        let _ = write!(std::io::stderr().lock(), "{summary}");
         match checker.passed() {
             true => Ok(()),
             false => Err("not every message came out in order: see the summary".into()),

@@ -88,7 +88,7 @@ impl Traffic {
     /// The messages that connection `n` sends, in order.
     pub fn messages_of(&self, n: u32) -> impl Iterator<Item = String> + use<> {
         let (n, connections) = (u64::from(n), u64::from(self.connections));
-        let count = (self.messages + connections - 1 - n) / connections;
+        let count = self.messages.saturating_sub(n).div_ceil(connections);
         let generator = Generator::new(self.seed, n as u32, self.profile);
         let messages = generator.filter_map(|item| match item {
             Item::Message(line) => Some(line),

@@ -15,6 +15,7 @@ use std::{error::Error, io::IsTerminal as _, process::ExitCode};
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
     layer::SubscriberExt as _,
@@ -105,7 +106,7 @@ pub fn main() -> ExitCode {
         }
     };
     let cli: Cli = parsed.cli;
-    start_logging(&cli.global);
+    let _log = start_logging(&cli.global);
     for warning in parsed.warnings {
         tracing::warn!("{warning}");
     }
@@ -155,7 +156,9 @@ async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send +
     Ok(config)
 }
 
-fn start_logging(global: &Global) {
+/// Starts to log to stderr, by a thread of its own: a reader of stderr that does not read costs log
+/// lines, and nothing else. The guard writes what is left when it is dropped.
+fn start_logging(global: &Global) -> WorkerGuard {
     let level = match i16::from(global.verbose) - i16::from(global.quiet) {
         ..=-2 => LevelFilter::ERROR,
         -1 => LevelFilter::WARN,
@@ -165,23 +168,25 @@ fn start_logging(global: &Global) {
     // What goes wrong below us comes back as an error, which is told once and better.
     let others = if global.verbose >= 2 { LevelFilter::DEBUG } else { LevelFilter::ERROR };
     let filter = Targets::new().with_default(others).with_target("tramline", level);
+    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
     let registry = tracing_subscriber::registry().with(filter);
     match global.log_format {
         LogFormat::Text => {
             let terminal = std::io::stderr().is_terminal();
             let layer = tracing_subscriber::fmt::layer()
-                .with_writer(std::io::stderr)
+                .with_writer(writer)
                 .with_ansi(terminal)
                 .with_target(false);
             registry.with(layer).init();
         }
         LogFormat::Json => {
             let layer = tracing_subscriber::fmt::layer()
-                .with_writer(std::io::stderr)
+                .with_writer(writer)
                 .json()
                 .flatten_event(true)
                 .with_target(false);
             registry.with(layer).init();
         }
     }
+    guard
 }

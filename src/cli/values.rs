@@ -20,6 +20,14 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
         })
 }
 
+/// A lease duration: too short to be renewed in time, it would only be lost again and again.
+pub(super) fn lease_duration(text: &str) -> Result<Duration, String> {
+    duration(text)
+        .ok()
+        .filter(|duration| *duration >= Duration::from_secs(1))
+        .ok_or_else(|| "write a length of time from 1s, such as 10s".to_owned())
+}
+
 /// A number of bytes such as `64KiB` or `8MiB`, up to 1 GiB.
 pub(super) fn size_bytes(text: &str) -> Result<u32, String> {
     text.parse::<ByteSize>()

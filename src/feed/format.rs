@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::record::Message;
 
-/// How a message is written: always one line.
+/// How a message is written: one line, unless the OCS text itself has a line break and is written raw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {

@@ -43,12 +43,17 @@ impl<'a> DeadLetter<'a> {
         Self { reason, place, data_base64: BASE64_STANDARD.encode(data) }
     }
 
-    /// Writes it to stderr as one line of JSON.
-    pub(crate) fn write(&self) {
-        let written = serde_json::to_string(self)
-            .map_err(io::Error::from)
-            .and_then(|line| writeln!(io::stderr().lock(), "{{\"dead_letter\":{line}}}"));
-        if let Err(error) = written {
+    /// Writes it to stderr as one line of JSON, and returns when that is done: a reader of stderr that
+    /// does not read holds up this shard or connection, and nothing else.
+    pub(crate) async fn write(&self) {
+        let line = match serde_json::to_string(self) {
+            Ok(line) => format!("{{\"dead_letter\":{line}}}\n"),
+            Err(error) => {
+                return tracing::error!(reason = self.reason, "dead letter not written: {error}");
+            }
+        };
+        let write = move || io::stderr().lock().write_all(line.as_bytes());
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
             tracing::error!(reason = self.reason, "dead letter not written to stderr: {error}");
         }
     }

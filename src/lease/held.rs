@@ -41,6 +41,8 @@ pub struct HeldLease<S> {
     /// From when on nobody else can be reading.
     usable_from: Instant,
     lost: CancellationToken,
+    /// Set when it was lost because its row was deleted.
+    gone: AtomicBool,
     asked: CancellationToken,
     /// When a read last found nothing more.
     caught_up: Mutex<Option<Instant>>,
@@ -66,6 +68,7 @@ impl<S: LeaseStore> HeldLease<S> {
             lost: CancellationToken::new(),
             asked: CancellationToken::new(),
             let_go: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
             caught_up: Mutex::new(None),
         }
     }
@@ -102,6 +105,11 @@ impl<S: LeaseStore> HeldLease<S> {
     /// Notes that another worker has asked for the lease.
     pub(super) fn ask(&self) {
         self.asked.cancel();
+    }
+
+    /// Whether it was lost because its row was deleted: then nobody else knows how far the shard is.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
     }
 
     /// Completes when another worker has asked for the lease: finish the batch and let go.
@@ -144,6 +152,10 @@ impl<S: LeaseStore> HeldLease<S> {
             Err(error) => {
                 match error {
                     LeaseError::Lost { .. } => self.lost.cancel(),
+                    LeaseError::Gone { .. } => {
+                        self.gone.store(true, Ordering::Release);
+                        self.lost.cancel();
+                    }
                     _ => {
                         lock(&self.unanswered_since).get_or_insert(began);
                     }
@@ -158,7 +170,7 @@ impl<S: LeaseStore> HeldLease<S> {
         let mut backoff = Backoff::seeded(RETRY_FIRST, RETRY_LIMIT, self.seed);
         loop {
             match self.write(change).await {
-                Err(error) if !matches!(error, LeaseError::Lost { .. }) && self.is_valid() => {
+                Err(error) if self.is_valid() => {
                     tracing::warn!("{error}; trying again while the lease is ours");
                     tokio::time::sleep(backoff.next_wait()).await;
                 }
@@ -197,17 +209,12 @@ impl<S: LeaseStore> HeldLease<S> {
                 }
                 Ok(Err(LeaseError::Lost { .. })) if self.let_go.load(Ordering::Acquire) => return,
                 Ok(Err(LeaseError::Lost { shard, owner })) => {
-                    match owner {
-                        Some(owner) => tracing::warn!(
-                            %shard, owner,
-                            "lease lost to another worker: delivery of the shard stops here"
-                        ),
-                        None => tracing::warn!(
-                            %shard,
-                            "lease lost: its row was deleted or freed; delivery of the shard stops, \
-                             and whoever takes it next goes on from the checkpoint in the table"
-                        ),
-                    }
+                    let owner = owner.as_deref().unwrap_or("nobody");
+                    tracing::warn!(%shard, owner, "lease lost: delivery of the shard stops here");
+                    return;
+                }
+                Ok(Err(error @ LeaseError::Gone { .. })) => {
+                    tracing::warn!("{error}: delivery of the shard stops here");
                     return;
                 }
                 Ok(Err(error)) => {

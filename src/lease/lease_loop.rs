@@ -195,7 +195,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
                     self.asked.insert(lease.shard, now);
                 }
                 // Another worker was faster.
-                (_, Ok(_) | Err(LeaseError::Lost { .. })) => {}
+                (_, Ok(_) | Err(LeaseError::Lost { .. } | LeaseError::Gone { .. })) => {}
                 (action, Err(error)) => {
                     if let Action::Take(lease) | Action::Force(lease) | Action::Ask(lease) = action
                     {

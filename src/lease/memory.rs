@@ -96,6 +96,7 @@ impl LeaseStore for MemoryTable {
             match verdict(&seen, change, now) {
                 Verdict::Landed(lease) => return Ok(lease),
                 Verdict::WriteOver(lease) => seen = lease,
+                Verdict::Gone => return Err(LeaseError::Gone { shard: seen.shard }),
                 Verdict::Lost { owner } => {
                     return Err(LeaseError::Lost { shard: seen.shard, owner });
                 }

@@ -91,7 +91,7 @@ impl Lease {
 
     /// The lease as `change` leaves it.
     pub fn after(&self, change: &Change) -> Self {
-        let mut lease = Self { counter: self.counter + 1, ..self.clone() };
+        let mut lease = Self { counter: self.counter.saturating_add(1), ..self.clone() };
         match change {
             Change::Renew => {}
             Change::Take { worker } => {
@@ -223,6 +223,8 @@ pub(crate) enum Verdict {
         /// The owner now.
         owner: Option<String>,
     },
+    /// Its row was deleted.
+    Gone,
 }
 
 /// Decides what a refused write means.
@@ -245,12 +247,13 @@ pub(crate) fn verdict(seen: &Lease, change: &Change, now: Option<Lease>) -> Verd
                 && now.reader().is_some()
                 && now.reader() == seen.reader()
                 && !behind(&now)
-                && (now.counter == seen.counter + 1
+                && (now.counter == seen.counter.saturating_add(1)
                     || (now.counter == seen.counter && now.owner != seen.owner)) =>
         {
             Verdict::WriteOver(now)
         }
-        now => Verdict::Lost { owner: now.and_then(|lease| lease.owner) },
+        Some(now) => Verdict::Lost { owner: now.owner },
+        None => Verdict::Gone,
     }
 }
 
@@ -279,6 +282,12 @@ pub enum LeaseError {
         shard: ShardId,
         /// The owner now, where DynamoDB told.
         owner: Option<String>,
+    },
+    /// The row of a lease that we hold is not there any more.
+    #[error("the lease of shard {shard} was deleted from the table")]
+    Gone {
+        /// The shard.
+        shard: ShardId,
     },
     /// DynamoDB failed or refused.
     #[error("lease table {table}: {source}")]
@@ -364,7 +373,7 @@ mod tests {
         let taken = Some(lease(Some("other"), 5));
         let lost = Verdict::Lost { owner: Some("other".into()) };
         assert_eq!(judged(&seen, &Change::Renew, taken), lost);
-        assert_eq!(judged(&seen, &Change::Renew, None), Verdict::Lost { owner: None });
+        assert_eq!(judged(&seen, &Change::Renew, None), Verdict::Gone);
         let taken_back = Some(lease(Some("me"), 6));
         let lost = Verdict::Lost { owner: Some("me".into()) };
         assert_eq!(judged(&seen, &Change::Renew, taken_back), lost, "lost in between");

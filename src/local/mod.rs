@@ -3,6 +3,7 @@
 //! Each is a well-kept emulator behind a loopback port; nothing of Tramline knows that it is not AWS.
 
 use std::{
+    fs::{File, TryLockError},
     io,
     path::{Path, PathBuf},
     time::Duration,
@@ -24,11 +25,13 @@ pub struct Local {
     _servers: JoinSet<()>,
     /// Removed when the servers stop, unless the data is to be kept.
     _scratch: Option<Scratch>,
+    /// Keeps a second process out of the directory.
+    _lock: Option<File>,
 }
 
 /// Why the embedded servers cannot start.
 #[derive(Debug, thiserror::Error)]
-#[error("the embedded {server} cannot start: {reason}")]
+#[error("the embedded {server} cannot be started: {reason}")]
 pub struct LocalError {
     server: &'static str,
     reason: String,
@@ -56,6 +59,7 @@ impl Local {
     /// Starts the servers on ports that the system picks.
     pub async fn start(settings: LocalSettings) -> Result<Self, LocalError> {
         let dir = settings.dir.as_deref();
+        let lock = dir.map(lock).transpose()?;
         let scratch = match dir {
             Some(_) => None,
             None => Some(Scratch::new().map_err(|error| failed("S3", error))?),
@@ -68,7 +72,7 @@ impl Local {
             (None, dir) => dir.unwrap_or(Path::new(".")).join("s3"),
         };
         let s3 = start_s3(&s3_root, &mut servers).await?;
-        Ok(Self { kinesis, dynamodb, s3, _servers: servers, _scratch: scratch })
+        Ok(Self { kinesis, dynamodb, s3, _servers: servers, _scratch: scratch, _lock: lock })
     }
 
     /// The environment variables that point any AWS tool at these servers.
@@ -220,6 +224,18 @@ async fn start_s3(root: &Path, servers: &mut JoinSet<()>) -> Result<String, Loca
         }
     });
     Ok(url)
+}
+
+/// Two processes that kept their data in one directory would overwrite each other's.
+fn lock(dir: &Path) -> Result<File, LocalError> {
+    let failed = |error: String| failed("servers", format!("{}: {error}", dir.display()));
+    std::fs::create_dir_all(dir).map_err(|error| failed(error.to_string()))?;
+    let file = File::create(dir.join("lock")).map_err(|error| failed(error.to_string()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(failed("another process uses this directory".into())),
+        Err(TryLockError::Error(error)) => Err(failed(error.to_string())),
+    }
 }
 
 async fn listen(server: &'static str) -> Result<(TcpListener, String), LocalError> {

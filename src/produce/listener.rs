@@ -44,8 +44,12 @@ pub(super) async fn accept(
 
 /// Serves one connection until it closes and Kinesis has all of its messages.
 async fn serve(socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
+    // An IPv4 peer of an IPv6 socket is an IPv4 peer.
+    let canonical =
+        |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+    let peer = canonical(peer);
     let local = match socket.local_addr() {
-        Ok(local) => local,
+        Ok(local) => canonical(local),
         Err(error) => return tracing::warn!(%peer, "connection closed at once: {error}"),
     };
     let name = connection_name(local, peer);
@@ -94,8 +98,14 @@ impl Connection<'_> {
             let read = tokio::select! {
                 biased;
                 () = self.shared.stop.cancelled() => {
-                    tracing::info!("connection closed: the producer stops");
-                    break;
+                    // What has arrived is received; only then nothing more is.
+                    match socket.try_read(&mut buffer) {
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            tracing::info!("connection closed: the producer stops");
+                            break;
+                        }
+                        read => Ok(read),
+                    }
                 }
                 read = timeout(settings.stale_after, socket.read(&mut buffer)) => read,
             };
@@ -104,16 +114,7 @@ impl Connection<'_> {
                     tracing::info!("connection closed by the peer");
                     break;
                 }
-                Ok(Ok(length)) => {
-                    let now = Timestamp::now();
-                    let frames = framer.push(&buffer[..length]);
-                    let is_message = |frame: &&Frame| matches!(frame, Frame::Message(_));
-                    let messages = frames.iter().filter(is_message).count();
-                    add(&self.shared.counters.messages, messages as u64);
-                    for frame in frames {
-                        self.forward(frame, now).await;
-                    }
-                }
+                Ok(Ok(length)) => self.receive(framer.push(&buffer[..length])).await,
                 Ok(Err(error)) => {
                     tracing::warn!("connection broken: {error}");
                     break;
@@ -131,28 +132,44 @@ impl Connection<'_> {
         if !unfinished.is_empty() {
             let length_bytes = unfinished.len() as u64;
             let reason = "the connection closed in the middle of a message";
-            self.dead_letter(reason, &unfinished, length_bytes, Timestamp::now());
+            self.dead_letter(reason, unfinished, length_bytes, Timestamp::now()).await;
         }
     }
 
-    async fn forward(&self, frame: Frame, now: Timestamp) {
+    /// Takes what one read completed. All of it was received now.
+    async fn receive(&self, frames: Vec<Frame>) {
         let counters = &self.shared.counters;
-        match frame {
-            Frame::Message(raw) => {
-                self.lane.send(self.events.event(&event_time(now), &raw)).await;
-            }
-            Frame::Heartbeat => add(&counters.heartbeats, 1),
-            Frame::Empty => add(&counters.empty_frames, 1),
-            Frame::Oversized { head, length_bytes } => {
-                self.dead_letter("longer than the message limit", &head, length_bytes, now);
+        let now = Timestamp::now();
+        let messages = frames.iter().filter(|frame| matches!(frame, Frame::Message(_))).count();
+        add(&counters.messages, messages as u64);
+        for frame in frames {
+            match frame {
+                Frame::Message(raw) => {
+                    self.lane.send(self.events.event(&event_time(now), &raw)).await;
+                }
+                Frame::Heartbeat => add(&counters.heartbeats, 1),
+                Frame::Empty => add(&counters.empty_frames, 1),
+                Frame::Oversized { head, length_bytes } => {
+                    self.dead_letter("longer than the message limit", head, length_bytes, now)
+                        .await;
+                }
             }
         }
     }
 
-    fn dead_letter(&self, reason: &str, data: &[u8], length_bytes: u64, now: Timestamp) {
+    async fn dead_letter(
+        &self,
+        reason: &str,
+        data: Vec<u8>,
+        length_bytes: u64,
+        received_at: Timestamp,
+    ) {
         add(&self.shared.counters.dead_letters, 1);
-        let place =
-            Place::Connection { connection: self.name, received_at: event_time(now), length_bytes };
-        DeadLetter::new(reason, place, data).write();
+        let place = Place::Connection {
+            connection: self.name,
+            received_at: event_time(received_at),
+            length_bytes,
+        };
+        DeadLetter::new(reason, place, &data).write().await;
     }
 }

@@ -119,8 +119,8 @@ pub enum ProduceError {
     Stream(#[from] SourceError),
     /// Kinesis did not take everything before the shutdown limit.
     #[error(
-        "{messages} messages were received but not stored in the stream within {limit:?} of the \
-         stop: they are lost"
+        "{messages} messages, and whatever the sockets still held, were received but not stored in \
+         the stream within {limit:?} of the stop: they are lost"
     )]
     Lost {
         /// How many.
@@ -214,6 +214,8 @@ impl Producer {
                 connections = report.connections,
                 messages = report.messages,
                 records = report.records,
+                heartbeats = report.heartbeats,
+                empty_frames = report.empty_frames,
                 dead_letters = report.dead_letters,
                 "producer stopped"
             );

@@ -36,6 +36,8 @@ pub(crate) fn unpack(
             return;
         }
     };
+    let count = events.len();
+    let (had_messages, had_undecodable) = (messages.len(), undecodable.len());
     for (sub_sequence_number, event) in (0..).zip(events) {
         match message(&origin, sub_sequence_number, event) {
             Ok(message) => messages.push(message),
@@ -45,6 +47,16 @@ pub(crate) fn unpack(
                 data: payload.slice(range_in(payload, event)),
             }),
         }
+    }
+    // A large array of something else is one thing to look at, not a hundred thousand.
+    if messages.len() == had_messages && count > 1 {
+        let first = undecodable.drain(had_undecodable..).next();
+        let reason = first.map_or_else(String::new, |first| first.reason);
+        undecodable.push(Undecodable {
+            sub_sequence_number: None,
+            reason: format!("an array of {count} without a raw OCS message; the first: {reason}"),
+            data: payload.clone(),
+        });
     }
 }
 
@@ -212,6 +224,16 @@ mod tests {
             undecodable[0].reason,
             r#"event type "com.example.other" is not a raw OCS message"#
         );
+    }
+
+    #[test]
+    fn p9_an_array_without_a_message_is_one_dead_letter() {
+        let (messages, undecodable) = unpacked("[0, 1, {}]");
+        assert!(messages.is_empty());
+        assert_eq!(undecodable.len(), 1);
+        assert_eq!(undecodable[0].sub_sequence_number, None);
+        assert_eq!(undecodable[0].data, "[0, 1, {}]");
+        assert!(undecodable[0].reason.starts_with("an array of 3 "), "{}", undecodable[0].reason);
     }
 
     #[test]

@@ -5,11 +5,16 @@ use std::{sync::Arc, time::Duration};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinHandle,
+    time::Instant,
 };
+
+use tracing::Instrument as _;
 
 use super::{Read, ShardReader, SourceError};
 use crate::backoff::Backoff;
 
+/// How often a lasting failure is told again.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 /// What a read and a record take beyond their payload, roughly: empty reads must not pile up either.
 const READ_OVERHEAD_BYTES: usize = 1024;
 const RECORD_OVERHEAD_BYTES: usize = 128;
@@ -29,9 +34,18 @@ pub(crate) struct Prefetched {
 impl Prefetch {
     /// Reads ahead until `limit_bytes` of records wait to be handled. The read in hand comes on top: at
     /// most 10 MiB, the largest answer of Kinesis.
-    pub(crate) fn start(reader: ShardReader, limit_bytes: u32) -> Self {
+    ///
+    /// `failing` is called whenever a read fails: what was said of the shard's tip is not known any more.
+    pub(crate) fn start(
+        reader: ShardReader,
+        limit_bytes: u32,
+        failing: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
         let (sender, reads) = mpsc::unbounded_channel();
-        Self { reads, task: tokio::spawn(run(reader, limit_bytes, sender)) }
+        Self {
+            reads,
+            task: tokio::spawn(run(reader, limit_bytes, failing, sender).in_current_span()),
+        }
     }
 
     /// The next read. An error is final: reading may not succeed without someone doing something.
@@ -49,12 +63,14 @@ impl Drop for Prefetch {
 async fn run(
     mut reader: ShardReader,
     limit_bytes: u32,
+    failing: impl Fn() + Send,
     sender: mpsc::UnboundedSender<Result<Prefetched, SourceError>>,
 ) {
     let limit_bytes = limit_bytes.max(1);
     let room = Arc::new(Semaphore::new(limit_bytes as usize));
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
     let mut failures = 0_u32;
+    let mut remind_at = Instant::now();
     loop {
         let read = match reader.read().await {
             Ok(read) => read,
@@ -64,14 +80,13 @@ async fn run(
                 return;
             }
             Err(error) => {
-                let wait = backoff.next_wait();
-                if failures == 0 {
-                    tracing::warn!("{error}; trying again until it works");
-                } else {
-                    tracing::debug!("{error}; trying again in {wait:?}");
-                }
+                failing();
                 failures += 1;
-                tokio::time::sleep(wait).await;
+                if Instant::now() >= remind_at {
+                    remind_at = Instant::now() + REMINDER_INTERVAL;
+                    tracing::warn!(failures, "{error}; trying again until it works");
+                }
+                tokio::time::sleep(backoff.next_wait()).await;
                 continue;
             }
         };
@@ -81,6 +96,7 @@ async fn run(
                 "reading again after {failures} failed attempts"
             );
             failures = 0;
+            remind_at = Instant::now();
             backoff.reset();
         }
         reader.stream.was_read(true);

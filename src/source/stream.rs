@@ -121,8 +121,7 @@ impl Stream {
         if self.0.polling.set(()).is_ok() {
             tracing::warn!(
                 stream = self.name(),
-                "falling back to polling: the server does not know enhanced fan-out ({because}); \
-                 set retrieval to polling to choose it"
+                "falling back to polling: enhanced fan-out cannot be used here ({because})"
             );
         }
         Ok(())

@@ -26,11 +26,13 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 pub use settings::{StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
 
 use crate::{
+    aws::AwsErrorKind,
     handler::Handler,
     lease::{
         self, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked, dynamodb::LeaseTable,
@@ -79,6 +81,29 @@ pub enum WorkerError {
     /// The lease table cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// The start position is a time that has not come.
+    #[error(
+        "the start position {start} is in the future; choose a time that has passed, or latest"
+    )]
+    StartInFuture {
+        /// The time.
+        start: Timestamp,
+    },
+    /// A name that AWS does not take.
+    #[error(
+        "{name:?} cannot name {what}: write {least} to {most} letters, digits, dots, underscores and \
+         hyphens"
+    )]
+    Name {
+        /// The name.
+        name: String,
+        /// What it was to name.
+        what: &'static str,
+        /// The fewest characters.
+        least: usize,
+        /// The most characters.
+        most: usize,
+    },
     /// A handler did not finish a batch.
     #[error(
         "shard {shard}: the handler failed {attempts} times at sequence number {sequence_number}: \
@@ -154,6 +179,19 @@ impl Counters {
             records: self.records.load(Ordering::Relaxed),
             messages: self.messages.load(Ordering::Relaxed),
             undecodable: self.undecodable.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl WorkerError {
+    /// Whether no waiting helps: the lease table, or the stream, was deleted.
+    fn is_final(&self) -> bool {
+        match self {
+            Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
+            Self::Lease(LeaseError::Table { source, .. }) => {
+                source.kind() == AwsErrorKind::NotFound
+            }
+            _ => false,
         }
     }
 }
@@ -285,7 +323,8 @@ where
     /// worker.
     async fn look(&mut self) -> Result<Instant, WorkerError> {
         let had_looked = self.leases.has_looked();
-        let (again_at, error) = match self.try_look().await {
+        let span = tracing::info_span!("worker", stream = self.worker.stream.name());
+        let (again_at, error) = match self.try_look().instrument(span).await {
             Ok(Looked { again_at, error, taken }) => {
                 for held in taken {
                     self.start(held).await;
@@ -293,7 +332,7 @@ where
                 (again_at, error.map(WorkerError::from))
             }
             // What never worked is a mistake in the set-up. What worked once may work again.
-            Err(error) if !had_looked => return Err(error),
+            Err(error) if !had_looked || error.is_final() => return Err(error),
             Err(error) => (Instant::now() + LOOK_AGAIN, Some(error)),
         };
         match &error {

@@ -190,14 +190,35 @@ impl<F> WorkerBuilder<F> {
         F: Fn(&ShardId) -> H,
         H: Handler,
     {
+        if let StartPosition::At(start) = self.settings.start
+            && start > Timestamp::now()
+        {
+            return Err(WorkerError::StartInFuture { start });
+        }
         let stream = Stream::new(&self.config, &self.stream, self.retrieval);
         let name = self.lease_table.unwrap_or_else(|| self.application.clone());
+        // By the rules of CreateTable and RegisterStreamConsumer, before either is called.
+        check_name("a lease table", &name, 3, 255)?;
+        check_name("an application", &self.application, 1, 128)?;
         let table = LeaseTable::new(&self.config, name);
         let (opened, ensured) = tokio::join!(stream.open(&self.application), table.ensure());
         opened?;
         ensured?;
         Ok(Worker { stream, table, settings: self.settings, make_handler: self.make_handler })
     }
+}
+
+fn check_name(
+    what: &'static str,
+    name: &str,
+    least: usize,
+    most: usize,
+) -> Result<(), WorkerError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if (least..=most).contains(&name.len()) && name.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(WorkerError::Name { name: name.to_owned(), what, least, most })
 }
 
 fn default_worker_id() -> String {

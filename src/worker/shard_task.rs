@@ -15,7 +15,10 @@ use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
     handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace},
-    lease::{self, Change, HeldLease, InitialPosition, Lease, LeaseError, dynamodb::LeaseTable},
+    lease::{
+        self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore as _,
+        dynamodb::LeaseTable,
+    },
     record::{ShardName, unpack},
     shard::{ChildShard, Shard},
     source::{Place, Prefetch, Read, ShardReader, Stream},
@@ -59,7 +62,7 @@ enum Interrupt {
 impl From<LeaseError> for Interrupt {
     fn from(error: LeaseError) -> Self {
         match error {
-            LeaseError::Lost { .. } => Self::Lost,
+            LeaseError::Lost { .. } | LeaseError::Gone { .. } => Self::Lost,
             error => Self::Failed(error.into()),
         }
     }
@@ -79,27 +82,6 @@ impl ShardTask {
         let span = tracing::info_span!(
             "shard", stream = self.stream.name(), shard = %lease.shard, counter = lease.counter
         );
-        async {
-            // A task of its own: a handler that blocks its thread must not cost the lease.
-            let keeper = tokio::spawn(self.held.clone().keep().in_current_span());
-            let _keeper = AbortOnDropHandle::new(keeper);
-            let outcome = tokio::select! {
-                biased;
-                () = self.held.lost() => Outcome::Lost,
-                outcome = self.read(lease, &mut handler) => outcome,
-            };
-            if let Outcome::Lost = outcome {
-                handler.lost().await;
-            }
-            outcome
-        }
-        .instrument(span)
-        .await
-    }
-
-    async fn read(&self, lease: Lease, handler: &mut impl Handler) -> Outcome {
-        let name =
-            Arc::new(ShardName { stream: self.stream.shared_name(), shard: lease.shard.clone() });
         let mut progress = Progress {
             finished: match &lease.checkpoint {
                 Checkpoint::At(position) => Some(position.clone()),
@@ -108,7 +90,57 @@ impl ShardTask {
             stored: true,
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
         };
-        let interrupt = match self.read_on(&lease, &name, handler, &mut progress).await {
+        async {
+            // A task of its own: a handler that blocks its thread must not cost the lease.
+            let keeper = tokio::spawn(self.held.clone().keep().in_current_span());
+            let _keeper = AbortOnDropHandle::new(keeper);
+            let outcome = tokio::select! {
+                biased;
+                () = self.held.lost() => Outcome::Lost,
+                outcome = self.read(lease, &mut handler, &mut progress) => outcome,
+            };
+            if let Outcome::Lost = outcome {
+                handler.lost().await;
+                if self.held.is_gone() {
+                    self.restore(&progress).await;
+                }
+            }
+            outcome
+        }
+        .instrument(span)
+        .await
+    }
+
+    /// Makes the row again that was deleted under us, free for any worker, at the place that was
+    /// reached. Without it the shard would start over, or skip to the latest.
+    async fn restore(&self, progress: &Progress) {
+        let mut lease =
+            Lease { owner: None, counter: 0, checkpoint_owner: None, ..self.held.lease().await };
+        if let Some(finished) = progress.finished.clone() {
+            lease.checkpoint = Checkpoint::At(finished);
+        }
+        match self.held.store().create(&lease).await {
+            Ok(true) => tracing::warn!(
+                checkpoint = %lease.checkpoint, "the lease's row is made again where reading was"
+            ),
+            Ok(false) => {}
+            Err(error) => tracing::error!(
+                checkpoint = %lease.checkpoint,
+                "the lease's row could not be made again: {error}; the shard starts where the start \
+                 position says"
+            ),
+        }
+    }
+
+    async fn read(
+        &self,
+        lease: Lease,
+        handler: &mut impl Handler,
+        progress: &mut Progress,
+    ) -> Outcome {
+        let name =
+            Arc::new(ShardName { stream: self.stream.shared_name(), shard: lease.shard.clone() });
+        let interrupt = match self.read_on(&lease, &name, handler, progress).await {
             Ok(children) => self.end(children).await.err(),
             Err(interrupt) => Some(interrupt),
         };
@@ -121,14 +153,14 @@ impl ShardTask {
             Some(Interrupt::Lost) => Outcome::Lost,
             Some(interrupt @ (Interrupt::Stopped | Interrupt::Asked)) => {
                 handler.stopping().await;
-                match (self.release(&progress).await, interrupt) {
+                match (self.release(progress).await, interrupt) {
                     (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
                     (Ok(()), _) => Outcome::Stopped,
                     (Err(error), _) => Outcome::Failed(error.into()),
                 }
             }
             Some(Interrupt::Failed(error)) => {
-                if let Err(lease_error) = self.release(&progress).await {
+                if let Err(lease_error) = self.release(progress).await {
                     tracing::warn!("lease not released: {lease_error}");
                 }
                 Outcome::Failed(error)
@@ -154,7 +186,10 @@ impl ShardTask {
         tracing::debug!(%place, "reading");
         handler.started(&lease.shard).await;
         let reader = ShardReader::new(self.stream.clone(), lease.shard.clone(), place);
-        let mut prefetch = Prefetch::start(reader, self.settings.prefetch_bytes);
+        let mut prefetch = {
+            let held = self.held.clone();
+            Prefetch::start(reader, self.settings.prefetch_bytes, move || held.set_caught_up(false))
+        };
         loop {
             let prefetched = tokio::select! {
                 biased;
@@ -238,7 +273,7 @@ impl ShardTask {
                     partition_key: &partition_key,
                     arrived_at: arrived_at.map(|at| at.to_string()),
                 };
-                DeadLetter::new(&part.reason, place, &part.data).write();
+                DeadLetter::new(&part.reason, place, &part.data).write().await;
             }
             self.counters.records.fetch_add(1, Ordering::Relaxed);
             finished = Some(position);
@@ -305,7 +340,7 @@ impl ShardTask {
                 progress.stored = true;
                 Ok(())
             }
-            Err(LeaseError::Lost { .. }) => Err(Interrupt::Lost),
+            Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }) => Err(Interrupt::Lost),
             Err(error) => {
                 tracing::warn!("checkpoint not stored: {error}; trying again");
                 Ok(())
@@ -320,7 +355,13 @@ impl ShardTask {
                 tracing::info!("lease released");
                 Ok(())
             }
-            Err(LeaseError::Lost { .. }) => Ok(()),
+            Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }) => {
+                tracing::warn!(
+                    "the last checkpoint is not stored, because the lease is another worker's by now: \
+                     what was handled since the one before comes again there"
+                );
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }

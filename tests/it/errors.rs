@@ -42,7 +42,7 @@ fn wrong_usage_is_exit_code_2() {
         (&["produce", "--stream", "s", "--max-message-size", "1MiB"], &["128KiB"]),
         (&["generate", "--to", "x", "--connections", "0"], &["--connections"]),
         (
-            &["consume", "--config", "/no/such/file", "--stream", "s", "--app", "a"],
+            &["consume", "--config", "/no/such/file", "--stream", "s", "--app", "rtr"],
             &["/no/such/file"],
         ),
         (&["--log-format", "xml", "demo"], &["xml", "text, json"]),
@@ -67,13 +67,17 @@ fn a_missing_stream_is_named_with_its_region() {
         1,
         &["stream nowhere does not exist in region eu-west-1"],
     );
+    let future = ["--stream", "nowhere", "--start", "2999-01-01T00:00:00Z"];
+    fails(consume(&servers, &future), 1, &["2999-01-01T00:00:00Z is in the future"]);
+    let short = ["consume", "--stream", "nowhere", "--app", "zz"];
+    fails(servers.tramline(&short), 1, &["\"zz\" cannot name a lease table"]);
     let produce = ["produce", "--listen", "127.0.0.1:0", "--stream", "nowhere"];
     fails(servers.tramline(&produce), 1, &["stream nowhere does not exist"]);
 }
 
 #[test]
 fn a_missing_region_or_credential_says_what_to_set() {
-    let args = ["consume", "--stream", "s", "--app", "a"];
+    let args = ["consume", "--stream", "s", "--app", "rtr"];
     fails(tramline(&args), 1, &["no AWS region is set", "--region"]);
     let mut command = tramline(&args);
     command.env("AWS_REGION", "us-east-1").env("AWS_ENDPOINT_URL", "http://127.0.0.1:1");
@@ -85,7 +89,7 @@ fn a_missing_region_or_credential_says_what_to_set() {
 
 #[test]
 fn a_refused_connection_says_which_call_got_no_answer() {
-    let mut command = tramline(&["consume", "--stream", "s", "--app", "a"]);
+    let mut command = tramline(&["consume", "--stream", "s", "--app", "rtr"]);
     command
         .env("AWS_REGION", "us-east-1")
         .env("AWS_ACCESS_KEY_ID", "x")
@@ -116,7 +120,7 @@ fn settings_from_environment_and_file_are_checked_like_flags_and_say_where_they_
         std::fs::write(&path, text).expect("a file");
         path.to_str().expect("UTF-8").to_owned()
     };
-    let args = ["consume", "--app", "a"];
+    let args = ["consume", "--app", "rtr"];
 
     let mut command = tramline(&args);
     command.env("TRAMLINE_STREAM", "s").env("TRAMLINE_FORMAT", "xml");

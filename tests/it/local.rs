@@ -51,6 +51,9 @@ async fn local_servers_can_be_used_by_the_printed_variables_and_keep_their_data(
     first.envs(&variables);
     assert_eq!(raws(&run(first).succeeded().stdout), lines(0, 1));
     put(kinesis, lines(1, 2)[0].clone()).await;
+    let second = run(tramline(&["local", "--dir", path]));
+    assert_eq!(second.status.code(), Some(1));
+    assert!(second.stderr.contains("another process uses this directory"), "{}", second.stderr);
     local.stop().succeeded();
 
     // Both the stream and the lease table were kept: only what is new comes out.

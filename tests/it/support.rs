@@ -73,6 +73,15 @@ impl Servers {
         self.put(stream, key, format!("[{}]", events.join(",")));
     }
 
+    /// Deletes a row of a lease table, as an operator would.
+    pub fn delete_lease(&self, table: &str, shard: &str) {
+        let delete = aws_sdk_dynamodb::Client::new(&self.local.sdk_config())
+            .delete_item()
+            .table_name(table)
+            .key("leaseKey", aws_sdk_dynamodb::types::AttributeValue::S(shard.to_owned()));
+        self.wait(delete.send()).expect("a row to delete");
+    }
+
     /// The binary, pointed at these servers.
     pub fn tramline(&self, args: &[&str]) -> Command {
         let mut command = tramline(args);
