@@ -41,8 +41,8 @@ pub trait Handler: Send + 'static {
     fn handle(&mut self, batch: &Batch) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
     /// Reading of the shard starts.
-    fn started(&mut self, shard: &ShardId) -> impl Future<Output = ()> + Send {
-        let _ = shard;
+    fn started(&mut self, tenure: &Tenure) -> impl Future<Output = ()> + Send {
+        let _ = tenure;
         async {}
     }
 
@@ -61,6 +61,22 @@ pub trait Handler: Send + 'static {
     fn stopping(&mut self) -> impl Future<Output = ()> + Send {
         async {}
     }
+}
+
+/// A worker's time with a shard, from taking its lease to losing it or letting go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Tenure {
+    /// The shard.
+    pub shard: ShardId,
+    /// The lease's counter when this worker took it: a fencing token. Every later tenure of the shard
+    /// has a higher one, so a database that keeps the highest it has seen, and refuses writes that carry
+    /// a lower one, is safe from a worker that does not know yet that it lost the shard. (Martin
+    /// Kleppmann, "How to do distributed locking".)
+    pub lease_counter: u64,
+    /// How often the lease has moved between workers since its last checkpoint: a number that grows says
+    /// that workers fail on this shard before they finish anything.
+    pub owner_switches: u64,
 }
 
 /// Messages of one shard, in order.

@@ -14,7 +14,7 @@ use super::{Counters, Settings, WorkerError};
 use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
-    handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace},
+    handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace, Tenure},
     lease::{
         self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore as _,
         dynamodb::LeaseTable,
@@ -184,7 +184,12 @@ impl ShardTask {
         }
         let place = self.place(lease).await?;
         tracing::debug!(%place, "reading");
-        handler.started(&lease.shard).await;
+        let tenure = Tenure {
+            shard: lease.shard.clone(),
+            lease_counter: lease.counter,
+            owner_switches: lease.owner_switches_since_checkpoint,
+        };
+        handler.started(&tenure).await;
         let reader = ShardReader::new(self.stream.clone(), lease.shard.clone(), place);
         let mut prefetch = {
             let held = self.held.clone();

@@ -267,3 +267,44 @@ async fn p4_a_handler_that_blocks_longer_than_the_lease_does_not_cost_it() {
     let report = running.await.expect("no panic").expect("a clean stop");
     assert_eq!(report.messages, 1, "the batch counts: the lease was held throughout");
 }
+
+/// Tells the test about its tenures.
+struct Tells(mpsc::UnboundedSender<tramline::Tenure>);
+
+impl Handler for Tells {
+    type Error = std::convert::Infallible;
+
+    async fn handle(&mut self, _: &Batch) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    async fn started(&mut self, tenure: &tramline::Tenure) {
+        self.0.send(tenure.clone()).expect("the test listens");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn p4_each_tenure_of_a_shard_has_a_higher_fencing_token() {
+    let local = Local::start(LocalSettings::default()).await.expect("servers");
+    with_stream(&local).await;
+    let (sender, mut tenures) = mpsc::unbounded_channel();
+    let mut last = 0;
+    for id in ["one", "two", "three"] {
+        let sender = sender.clone();
+        let worker = Worker::builder(&local.sdk_config(), STREAM, "rtr")
+            .worker_id(id)
+            .retrieval(Retrieval::Polling)
+            .handler(move |_: &ShardId| Tells(sender.clone()))
+            .build()
+            .await
+            .expect("a worker");
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(worker.run(stop.clone().cancelled_owned()));
+        let tenure = tokio::time::timeout(LIMIT, tenures.recv()).await.expect("in time");
+        let tenure = tenure.expect("the worker runs");
+        assert!(tenure.lease_counter > last, "{tenure:?} after {last}");
+        last = tenure.lease_counter;
+        stop.cancel();
+        running.await.expect("no panic").expect("a clean stop");
+    }
+}
