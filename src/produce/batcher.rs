@@ -69,7 +69,7 @@ mod tests {
         #[test]
         fn p7_records_stay_under_the_limit_and_hold_every_event_in_order(
             sizes in prop::collection::vec(0usize..60, 1..40),
-            limit in 64usize..200,
+            limit in 70usize..200,
         ) {
             let mut batcher = Batcher::new(limit);
             let mut records = Vec::new();

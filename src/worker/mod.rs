@@ -387,7 +387,9 @@ where
                 self.discover_at = None;
                 Ok(true)
             }
-            Ok((_, Outcome::Lost | Outcome::Stopped | Outcome::HandedOver)) => Ok(false),
+            // There is another worker: from now on its leases are watched too.
+            Ok((_, Outcome::HandedOver | Outcome::Lost)) => Ok(true),
+            Ok((_, Outcome::Stopped)) => Ok(false),
             Ok((_, Outcome::Failed(error))) => Err(error),
             Err(error) => Err(WorkerError::Panic { shard, reason: panic_text(error) }),
         }

@@ -114,8 +114,14 @@ impl ShardTask {
     /// Makes the row again that was deleted under us, free for any worker, at the place that was
     /// reached. Without it the shard would start over, or skip to the latest.
     async fn restore(&self, progress: &Progress) {
-        let mut lease =
-            Lease { owner: None, counter: 0, checkpoint_owner: None, ..self.held.lease().await };
+        let was = self.held.lease().await;
+        let mut lease = Lease {
+            owner: None,
+            // Not from zero: the counter is a fencing token.
+            counter: was.counter.saturating_add(1),
+            checkpoint_owner: None,
+            ..was
+        };
         if let Some(finished) = progress.finished.clone() {
             lease.checkpoint = Checkpoint::At(finished);
         }
