@@ -176,8 +176,13 @@ impl LeaseTable {
         if self.told.lock().unwrap_or_else(|poison| poison.into_inner()).insert(key.to_owned()) {
             tracing::error!("{error}");
         }
-        let shard =
-            Shard { id: key.into(), parents: Vec::new(), hash_key_range: None, closed: false };
+        let shard = Shard {
+            id: key.into(),
+            parents: Vec::new(),
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
         Lease { unreadable: true, ..Lease::new(&shard, Checkpoint::TrimHorizon, None) }
     }
 
@@ -500,7 +505,13 @@ mod tests {
     use super::*;
 
     fn lease(owner: Option<&str>, counter: u64) -> Lease {
-        let shard = Shard { id: "a".into(), parents: vec![], hash_key_range: None, closed: false };
+        let shard = Shard {
+            id: "a".into(),
+            parents: vec![],
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
         Lease {
             owner: owner.map(str::to_owned),
             counter,

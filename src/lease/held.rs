@@ -292,7 +292,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn p4_a_renewal_whose_answer_got_lost_counts_from_when_it_was_sent() {
-        let shard = Shard { id: "a".into(), parents: vec![], hash_key_range: None, closed: false };
+        let shard = Shard {
+            id: "a".into(),
+            parents: vec![],
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
         let lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
         let store = Deaf::default();
         store.create(&lease).await.expect("a lease");

@@ -6,7 +6,7 @@ use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
 
 use super::{
-    Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, missing_leases,
+    Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, missing_leases, outlived,
     plan::{self, Action, Observations, Planner, Watch},
 };
 use crate::shard::{Shard, ShardId};
@@ -51,6 +51,14 @@ pub async fn create_missing<S: LeaseStore>(
     loop {
         let looked_at = Instant::now();
         let snapshot = store.scan().await?;
+        if let Some((lease, begins)) = outlived(listed, &snapshot) {
+            return Err(LeaseError::Outlived {
+                table: store.name().to_owned(),
+                shard: lease.shard.clone(),
+                begins: begins.clone(),
+                checkpoint: lease.checkpoint.clone(),
+            });
+        }
         let missing = missing_leases(listed, &snapshot, initial);
         if missing.is_empty() {
             return Ok(snapshot);

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::Lease;
 use crate::{
     checkpoint::Checkpoint,
-    shard::{Shard, ShardId},
+    shard::{SequenceNumber, Shard, ShardId},
 };
 
 /// Where a shard starts that nobody has read before.
@@ -81,6 +81,22 @@ pub fn missing_leases(shards: &[Shard], leases: &[Lease], initial: InitialPositi
     missing.into_iter().map(|(_, lease)| lease).collect()
 }
 
+/// A lease of an earlier stream of the same name, if there is one, and where its shard begins now: no
+/// checkpoint can stand before the first number of its own shard.
+pub fn outlived<'a>(
+    shards: &'a [Shard],
+    leases: &'a [Lease],
+) -> Option<(&'a Lease, &'a SequenceNumber)> {
+    leases.iter().find_map(|lease| {
+        let shard = shards.iter().find(|shard| shard.id == lease.shard)?;
+        let begins = shard.begins.as_ref()?;
+        match &lease.checkpoint {
+            Checkpoint::At(position) if position.sequence_number < *begins => Some((lease, begins)),
+            _ => None,
+        }
+    })
+}
+
 /// Every listed or named shard that one of `ids` descends from.
 fn ancestors<'a>(
     ids: impl IntoIterator<Item = &'a ShardId>,
@@ -108,6 +124,7 @@ mod tests {
             parents: parents.iter().map(|p| ShardId::from(*p)).collect(),
             hash_key_range: None,
             closed,
+            begins: None,
         }
     }
 
@@ -153,6 +170,17 @@ mod tests {
             missing(&[], InitialPosition::At(Timestamp::UNIX_EPOCH)),
             at(&all, Checkpoint::AtTimestamp)
         );
+    }
+
+    #[test]
+    fn a_stream_that_was_made_again_is_known_by_shards_that_begin_after_their_checkpoint() {
+        let mut shards = resharded();
+        shards[0].begins = SequenceNumber::parse("100");
+        let at = |number| Checkpoint::parse(number, 0).expect("a checkpoint");
+        assert_eq!(outlived(&shards, &leased(&["0"], &at("100"), None)), None);
+        assert_eq!(outlived(&shards, &leased(&["0"], &Checkpoint::TrimHorizon, None)), None);
+        let old = leased(&["0"], &at("99"), None);
+        assert_eq!(outlived(&shards, &old).map(|(lease, _)| lease.shard.as_str()), Some("0"));
     }
 
     #[test]

@@ -18,12 +18,12 @@ use jiff::Timestamp;
 pub use held::HeldLease;
 pub use lease_loop::{FINISHED_KEPT_FOR, LeaseLoop, Looked, Settings, create_missing};
 pub use memory::{MemoryTable, Requests};
-pub use missing::{InitialPosition, missing_leases};
+pub use missing::{InitialPosition, missing_leases, outlived};
 
 use crate::{
     aws::AwsError,
     checkpoint::Checkpoint,
-    shard::{HashKeyRange, Shard, ShardId},
+    shard::{HashKeyRange, SequenceNumber, Shard, ShardId},
 };
 
 /// One row of the lease table.
@@ -297,6 +297,22 @@ pub enum LeaseError {
         /// What DynamoDB said.
         source: AwsError,
     },
+    /// The leases are those of another stream.
+    #[error(
+        "shard {shard} begins at sequence number {begins}, after the checkpoint {checkpoint} of its \
+         lease in table {table}: the stream was deleted and made again under its name; read it as \
+         another application, or with another lease table, or delete the rows of this one"
+    )]
+    Outlived {
+        /// The table.
+        table: String,
+        /// The shard.
+        shard: ShardId,
+        /// Where it begins now.
+        begins: SequenceNumber,
+        /// Where its lease stands.
+        checkpoint: Checkpoint,
+    },
     /// A row of the table is a lease but cannot be read as one.
     #[error(
         "lease table {table}, row {row}: attribute {attribute} is missing or has the wrong type; \
@@ -327,7 +343,13 @@ mod tests {
     use super::*;
 
     fn lease(owner: Option<&str>, counter: u64) -> Lease {
-        let shard = Shard { id: "a".into(), parents: vec![], hash_key_range: None, closed: false };
+        let shard = Shard {
+            id: "a".into(),
+            parents: vec![],
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
         Lease {
             owner: owner.map(str::to_owned),
             counter,

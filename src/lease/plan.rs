@@ -406,6 +406,7 @@ mod tests {
             parents: parents.iter().map(|p| ShardId::from(*p)).collect(),
             hash_key_range: None,
             closed: false,
+            begins: None,
         };
         Lease {
             owner: owner.map(str::to_owned),

@@ -118,6 +118,8 @@ pub struct Shard {
     pub hash_key_range: Option<HashKeyRange>,
     /// Whether it takes no more records (it has an ending sequence number).
     pub closed: bool,
+    /// Its starting sequence number, where it is known: no record of it has a lower one.
+    pub begins: Option<SequenceNumber>,
 }
 
 /// A shard that the last read of its parent named.

@@ -19,7 +19,7 @@ use super::{Retrieval, SourceError};
 use crate::{
     aws::{self, AwsError, AwsErrorKind},
     backoff::Backoff,
-    shard::{HashKeyRange, Shard},
+    shard::{HashKeyRange, SequenceNumber, Shard},
 };
 
 /// How long a stream or a consumer may take to become active.
@@ -289,6 +289,7 @@ impl Stream {
 }
 
 fn shard(shard: aws_sdk_kinesis::types::Shard) -> Shard {
+    let range = shard.sequence_number_range;
     Shard {
         id: shard.shard_id.into(),
         parents: [shard.parent_shard_id, shard.adjacent_parent_shard_id]
@@ -297,9 +298,8 @@ fn shard(shard: aws_sdk_kinesis::types::Shard) -> Shard {
             .map(Into::into)
             .collect(),
         hash_key_range: shard.hash_key_range.as_ref().and_then(hash_key_range),
-        closed: shard
-            .sequence_number_range
-            .is_some_and(|range| range.ending_sequence_number.is_some()),
+        closed: range.as_ref().is_some_and(|range| range.ending_sequence_number.is_some()),
+        begins: range.and_then(|range| SequenceNumber::parse(range.starting_sequence_number)),
     }
 }
 

@@ -184,10 +184,11 @@ impl Counters {
 }
 
 impl WorkerError {
-    /// Whether no waiting helps: the lease table, or the stream, was deleted.
+    /// Whether no waiting helps: the lease table or the stream was deleted, or made again.
     fn is_final(&self) -> bool {
         match self {
             Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
+            Self::Lease(LeaseError::Outlived { .. }) => true,
             Self::Lease(LeaseError::Table { source, .. }) => {
                 source.kind() == AwsErrorKind::NotFound
             }

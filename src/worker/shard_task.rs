@@ -405,6 +405,7 @@ impl ShardTask {
                     parents: child.parents.clone(),
                     hash_key_range: child.hash_key_range,
                     closed: false,
+                    begins: None,
                 });
             }
         }

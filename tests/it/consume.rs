@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 
-use crate::support::{Running, Servers, event, lines, raws, run};
+use crate::support::{Running, Servers, event, lines, raws, run, wait_for};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 
@@ -250,4 +250,26 @@ fn p1_a_lease_row_that_is_deleted_under_a_worker_costs_no_message() {
     servers.put_lines(STREAM, "k", &lines(10, 20));
     assert_eq!(raws(&running.wait_for_lines(20)), lines(0, 20));
     running.stop().succeeded();
+}
+
+#[test]
+fn a_stream_that_was_deleted_and_made_again_is_not_half_resumed() {
+    let servers = Servers::with_stream(STREAM, 1);
+    servers.put_lines(STREAM, "k", &lines(0, 3));
+    assert_eq!(consume_all(&servers, &[]), lines(0, 3));
+    servers.wait(servers.kinesis.delete_stream().stream_name(STREAM).send()).expect("a stream");
+    wait_for("the stream to be gone", || {
+        let describe = servers.kinesis.describe_stream_summary().stream_name(STREAM);
+        servers.wait(describe.send()).is_err().then_some(())
+    });
+    // Sequence numbers begin with the second of the stream's creation.
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    servers.create_stream(STREAM, 1);
+    servers.put_lines(STREAM, "k", &lines(3, 6));
+    let finished = run(servers.tramline(&consume(&["--exit-when-idle", "1s"])));
+    assert_eq!(finished.status.code(), Some(1));
+    let told = "the stream was deleted and made again under its name";
+    assert!(finished.stderr.contains(told), "{}", finished.stderr);
+    let anew = ["--lease-table", "anew"];
+    assert_eq!(consume_all(&servers, &anew), lines(3, 6));
 }

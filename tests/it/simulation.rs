@@ -118,6 +118,7 @@ impl World {
                 parents: shard.parents.clone(),
                 hash_key_range: None,
                 closed: shard.closed,
+                begins: None,
             })
             .collect()
     }
