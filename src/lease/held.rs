@@ -174,6 +174,12 @@ impl<S: LeaseStore> HeldLease<S> {
                     tracing::warn!("{error}; trying again while the lease is ours");
                     tokio::time::sleep(backoff.next_wait()).await;
                 }
+                Err(error @ LeaseError::Table { .. }) => {
+                    tracing::warn!("{error}; the lease may be another worker's by now");
+                    self.lost.cancel();
+                    let shard = self.lease.lock().await.shard.clone();
+                    return Err(LeaseError::Lost { shard, owner: None });
+                }
                 written => return written,
             }
         }

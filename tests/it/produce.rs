@@ -2,6 +2,7 @@ use std::{
     collections::HashMap,
     io::Write as _,
     net::{Shutdown, TcpListener, TcpStream},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -24,6 +25,17 @@ fn listening(producer: Running) -> (Running, String) {
         Some(address.to_owned())
     });
     (producer, address)
+}
+
+/// The binary with a Kinesis at a port where nothing may listen.
+fn at_port(port: u16, args: &[&str]) -> Command {
+    let mut command = tramline(args);
+    command
+        .env("AWS_ENDPOINT_URL_KINESIS", format!("http://127.0.0.1:{port}"))
+        .env("AWS_ACCESS_KEY_ID", "x")
+        .env("AWS_SECRET_ACCESS_KEY", "x")
+        .env("AWS_REGION", "us-east-1");
+    command
 }
 
 /// Everything in the stream, by partition key, in order.
@@ -159,12 +171,7 @@ fn p7_what_arrives_while_aws_is_away_is_put_in_order_when_it_is_back() {
     // A port that is closed for now.
     let port =
         TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
-    let mut command = tramline(&["produce", "--listen", "127.0.0.1:0", "--stream", STREAM]);
-    command
-        .env("AWS_ENDPOINT_URL_KINESIS", format!("http://127.0.0.1:{port}"))
-        .env("AWS_ACCESS_KEY_ID", "x")
-        .env("AWS_SECRET_ACCESS_KEY", "x")
-        .env("AWS_REGION", "us-east-1");
+    let command = at_port(port, &["produce", "--listen", "127.0.0.1:0", "--stream", STREAM]);
     let (producer, address) = listening(Running::start(command));
     let mut socket = TcpStream::connect(&address).expect("a connection");
     for line in lines(0, 500) {
@@ -214,20 +221,10 @@ fn p8_what_has_arrived_when_the_producer_is_stopped_is_put() {
 
 #[test]
 fn a_stop_while_aws_is_away_says_what_is_lost_and_fails() {
-    let mut command = tramline(&[
-        "produce",
-        "--listen",
-        "127.0.0.1:0",
-        "--stream",
-        STREAM,
-        "--shutdown-limit",
-        "300ms",
-    ]);
-    command
-        .env("AWS_ENDPOINT_URL_KINESIS", "http://127.0.0.1:1")
-        .env("AWS_ACCESS_KEY_ID", "x")
-        .env("AWS_SECRET_ACCESS_KEY", "x")
-        .env("AWS_REGION", "us-east-1");
+    let command = at_port(
+        1,
+        &["produce", "--listen", "127.0.0.1:0", "--stream", STREAM, "--shutdown-limit", "300ms"],
+    );
     let (producer, address) = listening(Running::start(command));
     let mut socket = TcpStream::connect(&address).expect("a connection");
     socket.write_all(b"1,DIAG,12:00:00,a\x042,DIAG,12:00:00,b\x04").expect("a write");
@@ -245,22 +242,20 @@ fn a_stop_while_aws_is_away_says_what_is_lost_and_fails() {
 
 #[test]
 fn p8_a_full_lane_pushes_back_to_the_sender() {
-    let mut command = tramline(&[
-        "produce",
-        "--listen",
-        "127.0.0.1:0",
-        "--stream",
-        STREAM,
-        "--lane-buffer",
-        "64KiB",
-        "--shutdown-limit",
-        "300ms",
-    ]);
-    command
-        .env("AWS_ENDPOINT_URL_KINESIS", "http://127.0.0.1:1")
-        .env("AWS_ACCESS_KEY_ID", "x")
-        .env("AWS_SECRET_ACCESS_KEY", "x")
-        .env("AWS_REGION", "us-east-1");
+    let command = at_port(
+        1,
+        &[
+            "produce",
+            "--listen",
+            "127.0.0.1:0",
+            "--stream",
+            STREAM,
+            "--lane-buffer",
+            "64KiB",
+            "--shutdown-limit",
+            "300ms",
+        ],
+    );
     let (_producer, address) = listening(Running::start(command));
     let mut socket = TcpStream::connect(&address).expect("a connection");
     socket.set_write_timeout(Some(Duration::from_secs(2))).expect("an option");
