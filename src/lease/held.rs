@@ -197,9 +197,8 @@ impl<S: LeaseStore> HeldLease<S> {
                 }
                 plan::Renewal::TooLate => {
                     tracing::error!(
-                        "lease not renewed for {:?}: delivery of the shard stops, because another \
-                         worker may start; check that DynamoDB can be reached",
-                        self.duration
+                        "lease not renewed in time: delivery of the shard stops, because another worker \
+                         may start; check that DynamoDB can be reached"
                     );
                     self.lost.cancel();
                     return;

@@ -127,6 +127,15 @@ pub enum WorkerError {
         /// What the panic said.
         reason: String,
     },
+    /// The lease ran out during the stop.
+    #[error(
+        "shard {shard}: its lease was lost during the stop, before the last checkpoint was stored: \
+         what was handled since the one before comes again"
+    )]
+    NotStored {
+        /// The shard.
+        shard: ShardId,
+    },
     /// Shards were still busy at the shutdown limit.
     #[error(
         "{shards} shards did not stop within {limit:?}: their last batch is read again after a \

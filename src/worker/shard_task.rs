@@ -103,6 +103,9 @@ impl ShardTask {
                 handler.lost().await;
                 if self.held.is_gone() {
                     self.restore(&progress).await;
+                } else if self.stop.is_cancelled() && progress.unstored().is_some() {
+                    let shard = self.held.lease().await.shard;
+                    return Outcome::Failed(WorkerError::NotStored { shard });
                 }
             }
             outcome
@@ -162,6 +165,7 @@ impl ShardTask {
                 match (self.release(progress).await, interrupt) {
                     (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
                     (Ok(()), _) => Outcome::Stopped,
+                    (Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }), _) => Outcome::Lost,
                     (Err(error), _) => Outcome::Failed(error.into()),
                 }
             }
@@ -361,20 +365,9 @@ impl ShardTask {
 
     async fn release(&self, progress: &Progress) -> Result<(), LeaseError> {
         let change = Change::Release { checkpoint: progress.unstored() };
-        match self.held.write_surely(&change).await {
-            Ok(()) => {
-                tracing::info!("lease released");
-                Ok(())
-            }
-            Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }) => {
-                tracing::warn!(
-                    "the last checkpoint is not stored, because the lease is another worker's by now: \
-                     what was handled since the one before comes again there"
-                );
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
+        self.held.write_surely(&change).await?;
+        tracing::info!("lease released");
+        Ok(())
     }
 
     /// Gives the following shards their leases, and then marks this one finished: in this order, so
