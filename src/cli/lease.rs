@@ -196,12 +196,11 @@ fn confirmed(
     if lines.is_empty() {
         text.push_str(&format!("nothing to {doing}\n"));
     } else if !how.yes {
-        text.push_str("nothing is written yet");
-        if refused {
-            text.push_str(&format!(", and would not be: {}", refusal(live, doing)));
-        }
         let command: Vec<String> = std::env::args().collect();
-        text.push_str(&format!("; to do it:\n  {}\n", with_yes(&command)));
+        text.push_str(&format!("nothing is written yet; to do it:\n  {}\n", with_yes(&command)));
+        if refused {
+            text.push_str(&format!("as it is, that is refused: {}\n", refusal(live, doing)));
+        }
     }
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

@@ -197,7 +197,7 @@ fn p4_a_reset_is_refused_while_a_worker_reads_unless_forced() {
         assert!(refused.stderr.contains(text), "{}", refused.stderr);
     }
     let dry = lease(&servers, &reset).succeeded().stdout.join("\n");
-    assert!(dry.contains("would not be: shard shardId-000000000000 is read by w1"), "{dry}");
+    assert!(dry.contains("that is refused: shard shardId-000000000000 is read by w1"), "{dry}");
     let release = lease(&servers, &["release", "--observe", "60s", "--yes"]);
     assert_eq!(release.status.code(), Some(1));
     assert_eq!(running.stdout().len(), 5);
