@@ -45,8 +45,9 @@ pub(super) fn parse(
     command.build();
 
     // A first pass, for the command and the config file only; the second one tells what is wrong.
-    let first = command.clone().ignore_errors(true).try_get_matches_from(&args);
+    let first = Cli::command().ignore_errors(true).try_get_matches_from(&args);
     let named = first.as_ref().ok().and_then(|matches| {
+        // Of `lease reset` only the first word counts: its settings are those of `lease`.
         let subcommand = matches.subcommand_name().map(str::to_owned);
         let file = matches.get_one::<std::path::PathBuf>("config").cloned();
         Some((subcommand?, file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into))))
@@ -122,8 +123,7 @@ fn from_file(
 
     let mut settings = BTreeMap::new();
     let mut tables = Vec::new();
-    let everywhere: Vec<&str> =
-        std::iter::once(command).chain(command.get_subcommands()).flat_map(flags).collect();
+    let everywhere = flags(command);
     for (key, value) in &content {
         match (command.find_subcommand(key), value) {
             (Some(table), Value::Object(entries)) => tables.push((key, table, entries)),
@@ -143,7 +143,8 @@ fn from_file(
     for (name, table, entries) in tables {
         for (key, value) in entries {
             let path = format!("{name}.{key}");
-            let flag = known(key, flags(table), &format!("{shown}: unknown key `{path}`"))?;
+            let flag =
+                known(key, flags(table).into_iter(), &format!("{shown}: unknown key `{path}`"))?;
             let setting = file_setting(value, &shown, &path)?;
             if name == subcommand {
                 settings.insert(flag, setting);
@@ -197,12 +198,15 @@ fn nearest<'a>(word: &str, valid: impl IntoIterator<Item = &'a str>) -> Option<&
         .map(|(_, candidate)| candidate)
 }
 
-/// The long names of a command's settings.
-fn flags(command: &Command) -> impl Iterator<Item = &str> {
-    command
-        .get_arguments()
-        .filter_map(|arg| arg.get_long())
-        .filter(|long| !matches!(*long, "help" | "version" | "config"))
+/// The long names of the settings of a command and of those below it.
+fn flags(command: &Command) -> Vec<&str> {
+    let own = command.get_arguments().filter_map(|arg| arg.get_long()).filter(|long| is_set(long));
+    own.chain(command.get_subcommands().flat_map(flags)).collect()
+}
+
+/// Whether the environment and the file can set a flag. What confirms a change is said each time.
+fn is_set(long: &str) -> bool {
+    !matches!(long, "help" | "version" | "config" | "yes" | "force")
 }
 
 /// The command with `settings` as the defaults of its flags.
@@ -211,13 +215,14 @@ fn with_defaults(
     subcommand: &str,
     settings: &BTreeMap<String, Setting>,
 ) -> Command {
+    let setting = |long: &str| settings.get(long).filter(|_| is_set(long));
     let apply = |command: Command| {
-        command.mut_args(|arg| match arg.get_long().and_then(|long| settings.get(long)) {
+        command.mut_args(|arg| match arg.get_long().and_then(setting) {
             Some(setting) => arg.default_value(setting.value.clone()).required(false),
             None => arg,
         })
     };
-    apply(command).mut_subcommand(subcommand, apply)
+    apply(command).mut_subcommand(subcommand, |command| apply(command).mut_subcommands(apply))
 }
 
 /// Adds to an error about a value where the value comes from, if not from the command line.
@@ -242,9 +247,8 @@ fn tell_origin(mut error: Error, settings: &BTreeMap<String, Setting>) -> Error 
 /// shared, and Kubernetes for one adds variables to it.
 fn unknown_variables(environment: &BTreeMap<String, String>) -> Vec<String> {
     let command = Cli::command();
-    let mut known: Vec<String> = std::iter::once(&command)
-        .chain(command.get_subcommands())
-        .flat_map(flags)
+    let mut known: Vec<String> = flags(&command)
+        .into_iter()
         .map(|flag| format!("{PREFIX}{}", flag.to_uppercase().replace('-', "_")))
         .collect();
     known.push("TRAMLINE_CONFIG".to_owned());
@@ -347,6 +351,28 @@ mod tests {
             let error = consume(&["--app", "a"], &[], Some((".toml", toml))).expect_err(toml);
             assert!(error.contains(said), "{error}");
         }
+    }
+
+    #[test]
+    fn settings_of_a_command_within_a_command_are_found_but_nothing_is_confirmed_by_them() {
+        let reset = |environment: &[(&str, &str)], toml: &str| {
+            let mut file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+            file.write_all(toml.as_bytes()).expect("a write");
+            let args = ["tramline", "lease", "reset", "--app", "a", "--to", "latest", "--config"];
+            let args = args.into_iter().map(OsString::from).chain([file.path().into()]);
+            let environment =
+                environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            parse(args, &environment)
+                .map(|parsed| format!("{:?}", parsed.cli.command))
+                .map_err(|error| error.to_string())
+        };
+        let toml = "[lease]\nstream = \"from-file\"\n";
+        assert!(reset(&[], toml).expect("valid").contains("\"from-file\""));
+        let variables = [("TRAMLINE_STREAM", "from-environment"), ("TRAMLINE_YES", "true")];
+        let given = reset(&variables, toml).expect("valid");
+        assert!(given.contains("\"from-environment\"") && given.contains("yes: false"), "{given}");
+        let error = reset(&[], "[lease]\nyes = true\n").expect_err("confirms nothing");
+        assert!(error.contains("unknown key `lease.yes`"), "{error}");
     }
 
     #[test]

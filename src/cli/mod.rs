@@ -1,14 +1,17 @@
 //! The command line: one file per subcommand, and one model for flags, environment and file.
 
+mod application;
 mod config;
 mod consume;
 #[cfg(feature = "local")]
 mod demo;
 mod generate;
+mod lease;
 #[cfg(feature = "local")]
 mod local;
 mod produce;
 mod signals;
+mod status;
 mod values;
 
 use std::{error::Error, io::IsTerminal as _, process::ExitCode};
@@ -88,6 +91,10 @@ enum Command {
     Produce(produce::Produce),
     /// Read a stream and write its messages to stdout
     Consume(consume::Consume),
+    /// Show an application's shards, who reads them and how far
+    Status(status::Status),
+    /// Move checkpoints and give up leases
+    Lease(lease::Lease),
     /// Send realistic OCS traffic to a TCP port
     Generate(generate::Generate),
 }
@@ -138,6 +145,8 @@ async fn run(cli: Cli) -> Outcome {
         Command::Local(local) => local.run(stop).await,
         Command::Produce(produce) => produce.run(&aws_config(&cli.global).await?, stop).await,
         Command::Consume(consume) => consume.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
     }
 }

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{ValueEnum, builder::PossibleValue};
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 
-use crate::{PartitionKey, Retrieval, StartPosition, feed::Format, ocs::generate::Profile};
+use crate::{
+    PartitionKey, Retrieval, SequenceNumber, StartPosition, feed::Format, ocs::generate::Profile,
+};
 
 /// A length of time such as `500ms`, `10s` or `1h30m`.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
@@ -47,6 +49,30 @@ pub(super) fn start(text: &str) -> Result<StartPosition, String> {
             "write latest, trim-horizon, service-day or a time such as 2025-07-02T06:00:00Z"
                 .to_owned()
         }),
+    }
+}
+
+/// Where `lease reset` moves a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ResetPosition {
+    Latest,
+    TrimHorizon,
+    Time(Timestamp),
+    SequenceNumber(SequenceNumber),
+}
+
+/// A position to reset to: a word, an RFC 3339 time or a sequence number.
+pub(super) fn reset_position(text: &str) -> Result<ResetPosition, String> {
+    match text {
+        "latest" => Ok(ResetPosition::Latest),
+        "trim-horizon" => Ok(ResetPosition::TrimHorizon),
+        other => SequenceNumber::parse(other)
+            .map(ResetPosition::SequenceNumber)
+            .or_else(|| other.parse().ok().map(ResetPosition::Time))
+            .ok_or_else(|| {
+                "write latest, trim-horizon, a time such as 2025-07-02T06:00:00Z or a sequence number"
+                    .to_owned()
+            }),
     }
 }
 
@@ -120,5 +146,18 @@ mod tests {
         assert_eq!(start(time), Ok(StartPosition::At(time.parse().expect("a time"))));
         assert_eq!(start("2025-07-02T02:00:00-04:00"), start(time));
         assert!(start("yesterday").is_err());
+    }
+
+    #[test]
+    fn reset_positions_are_words_times_or_sequence_numbers() {
+        assert_eq!(reset_position("latest"), Ok(ResetPosition::Latest));
+        let time = "2025-07-02T06:00:00Z";
+        assert_eq!(reset_position(time), Ok(ResetPosition::Time(time.parse().expect("a time"))));
+        let number = "49590338271490256608559692538361571095921575989136588898";
+        let parsed = SequenceNumber::parse(number).expect("a number");
+        assert_eq!(reset_position(number), Ok(ResetPosition::SequenceNumber(parsed)));
+        for wrong in ["", "-1", "yesterday", "LATEST", "2025-07-02"] {
+            assert!(reset_position(wrong).is_err(), "{wrong:?}");
+        }
     }
 }

@@ -411,6 +411,10 @@ impl Update {
     /// The write that leads from `seen` to `seen.after(change)`, on the condition of `may_write`.
     fn new(seen: &Lease, change: &Change) -> Self {
         let wanted = seen.after(change);
+        let settles_owner = matches!(
+            change,
+            Change::Take { .. } | Change::End { .. } | Change::Free | Change::Reset { .. }
+        );
         let mut update = Self { condition: "leaseCounter = :seen", ..Self::default() };
         update.values.insert(":seen".into(), number(seen.counter));
         update.set(attribute::COUNTER, number(wanted.counter));
@@ -426,15 +430,11 @@ impl Update {
             }
             _ => {}
         }
-        if wanted.owner != seen.owner
-            || matches!(change, Change::Take { .. } | Change::End { .. } | Change::Free)
-        {
+        if wanted.owner != seen.owner || settles_owner {
             update.set_or_remove(attribute::OWNER, wanted.owner.clone().map(AttributeValue::S));
         }
         // Also where we saw none: KCL 2.x takers leave it behind.
-        if wanted.checkpoint_owner != seen.checkpoint_owner
-            || matches!(change, Change::Take { .. } | Change::End { .. } | Change::Free)
-        {
+        if wanted.checkpoint_owner != seen.checkpoint_owner || settles_owner {
             update.set_or_remove(
                 attribute::CHECKPOINT_OWNER,
                 wanted.checkpoint_owner.clone().map(AttributeValue::S),
@@ -443,7 +443,8 @@ impl Update {
         if wanted.owner_switches_since_checkpoint != seen.owner_switches_since_checkpoint {
             update.set(attribute::OWNER_SWITCHES, number(wanted.owner_switches_since_checkpoint));
         }
-        if wanted.checkpoint != seen.checkpoint {
+        // A reset also clears what a KCL worker left pending at the same checkpoint.
+        if wanted.checkpoint != seen.checkpoint || matches!(change, Change::Reset { .. }) {
             update.set(
                 attribute::CHECKPOINT,
                 AttributeValue::S(wanted.checkpoint.as_str().to_owned()),
@@ -531,6 +532,22 @@ mod tests {
         lease.start_at = Some(Timestamp::from_millisecond(1_700_000_000_123).expect("a time"));
         let read = table.read_row(&write_row(&lease)).expect("readable");
         assert_eq!(read, Some(lease));
+    }
+
+    #[test]
+    fn a_reset_writes_the_checkpoint_with_its_time_and_clears_owners_and_what_is_pending() {
+        let start_at = Timestamp::from_millisecond(1_700_000_000_123).ok();
+        let seen = lease(Some("me"), 4);
+        let to = |checkpoint, start_at| Update::new(&seen, &Change::Reset { checkpoint, start_at });
+        let latest = to(Checkpoint::Latest, start_at);
+        assert_eq!(latest.condition, "leaseCounter = :seen");
+        assert_eq!(latest.values[":checkpoint"], AttributeValue::S("LATEST".into()));
+        assert_eq!(latest.values[":startAtMillis"], AttributeValue::N("1700000000123".into()));
+        for removed in [attribute::OWNER, attribute::CHECKPOINT_OWNER, attribute::PENDING[0]] {
+            assert!(latest.remove.contains(&format!("#{removed}")), "{removed}");
+        }
+        let again = to(Checkpoint::TrimHorizon, None);
+        assert!(again.remove.contains(&format!("#{}", attribute::PENDING[0])));
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub fn outlived<'a>(
 }
 
 /// Every listed or named shard that one of `ids` descends from.
-fn ancestors<'a>(
+pub(super) fn ancestors<'a>(
     ids: impl IntoIterator<Item = &'a ShardId>,
     by_id: &BTreeMap<&ShardId, &Shard>,
 ) -> BTreeSet<ShardId> {

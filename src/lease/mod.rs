@@ -9,7 +9,9 @@ mod held;
 mod lease_loop;
 mod memory;
 mod missing;
+pub mod overview;
 pub mod plan;
+pub mod reset;
 
 use std::collections::BTreeSet;
 
@@ -113,6 +115,12 @@ impl Lease {
             }
             Change::Pin { start_at } => lease.start_at = Some(*start_at),
             Change::Checkpoint { checkpoint } => lease.set_checkpoint(checkpoint),
+            Change::Reset { checkpoint, start_at } => {
+                lease.set_checkpoint(checkpoint);
+                lease.start_at = *start_at;
+                lease.owner = None;
+                lease.checkpoint_owner = None;
+            }
             Change::End { children } => {
                 lease.set_checkpoint(&Checkpoint::ShardEnd);
                 lease.children.extend(children.iter().cloned());
@@ -163,6 +171,13 @@ pub enum Change {
     Checkpoint {
         /// The new checkpoint.
         checkpoint: Checkpoint,
+    },
+    /// Move the checkpoint by an operator's hand, also back, and take the lease from whoever has it.
+    Reset {
+        /// The new checkpoint.
+        checkpoint: Checkpoint,
+        /// The point in time that belongs to `LATEST` and `AT_TIMESTAMP`.
+        start_at: Option<Timestamp>,
     },
     /// The shard is finished: store that, and let go.
     End {
@@ -238,8 +253,10 @@ pub(crate) fn verdict(seen: &Lease, change: &Change, now: Option<Lease>) -> Verd
     // A newer checkpoint than ours comes from another process under our name: it must not go back (P3).
     let behind =
         |now: &Lease| wanted.checkpoint != seen.checkpoint && now.checkpoint > wanted.checkpoint;
-    let writes_as_reader =
-        !matches!(change, Change::Take { .. } | Change::Ask { .. } | Change::Free);
+    let writes_as_reader = !matches!(
+        change,
+        Change::Take { .. } | Change::Ask { .. } | Change::Free | Change::Reset { .. }
+    );
     match now {
         Some(now) if Lease { bell: wanted.bell, ..now.clone() } == wanted => Verdict::Landed(now),
         Some(now)
@@ -407,6 +424,20 @@ mod tests {
         let renewed = Some(lease(Some("other"), 5));
         let lost = Verdict::Lost { owner: Some("other".into()) };
         assert_eq!(judged(&seen, &Change::Take { worker: "me".into() }, renewed), lost);
+    }
+
+    #[test]
+    fn p4_a_reset_takes_the_lease_from_its_reader_and_never_writes_over_it() {
+        let seen = lease(Some("a"), 4).after(&Change::Ask { worker: "b".into() });
+        let start_at = Some(Timestamp::UNIX_EPOCH);
+        let reset = Change::Reset { checkpoint: Checkpoint::Latest, start_at };
+        let after = seen.after(&reset);
+        assert_eq!((after.reader(), after.counter), (None, 5));
+        assert_eq!((&after.checkpoint, after.start_at), (&Checkpoint::Latest, start_at));
+        let lost = Verdict::Lost { owner: Some("b".into()) };
+        assert_eq!(judged(&seen, &reset, Some(seen.after(&Change::Renew))), lost);
+        let lost = Verdict::Lost { owner: None };
+        assert_eq!(judged(&seen, &Change::Renew, Some(after)), lost, "the reader learns of it");
     }
 
     #[test]

@@ -72,6 +72,17 @@ impl Observations {
     pub fn unmoved_for(&self, shard: &ShardId, now: Instant) -> Duration {
         self.0.get(shard).map_or(Duration::ZERO, |seen| now.saturating_duration_since(seen.since))
     }
+
+    /// Whether somebody renews a lease, for one who only looks: renewals come within `limit` of each
+    /// other. `None` if it was not watched for that long.
+    pub fn is_renewed(&self, shard: &ShardId, limit: Duration, now: Instant) -> Option<bool> {
+        let unmoved = self.unmoved_for(shard, now);
+        match self.0.get(shard)?.moved {
+            // A renewal is noticed only at the next look.
+            true => Some(unmoved <= 2 * limit),
+            false => (unmoved >= limit).then_some(false),
+        }
+    }
 }
 
 /// Who plans, and by which rules.

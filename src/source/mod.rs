@@ -4,6 +4,8 @@
 //! and iterators underneath.
 
 mod fan_out;
+#[cfg(feature = "cli")]
+mod lag;
 mod polling;
 mod prefetch;
 mod stream;
@@ -13,6 +15,8 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
 
+#[cfg(feature = "cli")]
+pub(crate) use lag::Lag;
 pub(crate) use prefetch::Prefetch;
 pub(crate) use stream::Stream;
 

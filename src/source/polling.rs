@@ -23,7 +23,7 @@ const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// A place in a shard that moves on with every read.
 pub(super) struct ShardIterator {
     /// `None` when the server gave no next one although the shard is open.
-    token: Option<String>,
+    pub(super) token: Option<String>,
     shard: ShardId,
     not_before: Instant,
 }

@@ -8,5 +8,6 @@ mod generate;
 mod local;
 mod produce;
 mod simulation;
+mod status;
 mod support;
 mod worker;

@@ -1,0 +1,306 @@
+use std::{
+    collections::BTreeSet,
+    error::Error,
+    io::{ErrorKind, Write as _},
+};
+
+use aws_config::SdkConfig;
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Outcome,
+    application::{Application, Look, refusal},
+    values::{self, ResetPosition},
+};
+use crate::{
+    ShardId,
+    checkpoint::Checkpoint,
+    lease::{
+        Lease as LeaseRow, LeaseError,
+        reset::{ResetTo, Rewrite, plan_release, plan_reset, write_release, write_reset},
+    },
+    source::{Place, Stream},
+};
+
+/// Moves checkpoints and gives up leases. Both commands only print what they would do, until they are
+/// given --yes.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to trim-horizon
+  tramline lease release --stream ctd-ocs-raw-messages --app rtr-green --yes")]
+pub(super) struct Lease {
+    #[command(subcommand)]
+    command: LeaseCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum LeaseCommand {
+    /// Move checkpoints, so that shards are read from another place
+    Reset(Reset),
+    /// Free leases, so that other workers take them at once
+    Release(Release),
+}
+
+/// Moves the checkpoints of an application's shards, forth or back, and prints the changes. Nothing is
+/// written without --yes, nor while a worker renews one of the leases, unless with --force: then that
+/// worker may go on for up to 4 s, and what it handles in that time comes again or out of order.
+///
+/// What follows a shard that is read again is read again after it, so child shards are reset with their
+/// parents (to the same time, or to their first record); shards that were finished and forgotten get
+/// leases again. `latest` skips what has not been read and leaves finished shards and children alone.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to trim-horizon
+  tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to 2025-07-02T06:00:00Z --yes
+  tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to latest \\
+      --shard shardId-000000000000 --shard shardId-000000000001 --yes")]
+struct Reset {
+    #[command(flatten)]
+    application: Application,
+
+    /// Where reading goes on: latest, trim-horizon, an RFC 3339 time, or a sequence number of the one
+    /// --shard, after which reading goes on
+    #[arg(long, value_name = "POSITION", value_parser = values::reset_position)]
+    to: ResetPosition,
+
+    #[command(flatten)]
+    how: How,
+}
+
+/// Takes leases from their owners, so that other workers take them at once instead of when they have
+/// run out; checkpoints stay. Nothing is written without --yes, nor while a worker renews one of the
+/// leases, unless with --force: then that worker may go on for up to 4 s beside the next one.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tramline lease release --stream ctd-ocs-raw-messages --app rtr-green
+  tramline lease release --stream ctd-ocs-raw-messages --app rtr-green --shard shardId-000000000003 --yes")]
+struct Release {
+    #[command(flatten)]
+    application: Application,
+
+    #[command(flatten)]
+    how: How,
+}
+
+#[derive(Debug, Args)]
+struct How {
+    /// Only this shard; may be repeated [default: all shards]
+    #[arg(long, value_name = "ID")]
+    shard: Vec<String>,
+
+    /// Write the changes, instead of only printing them
+    #[arg(long)]
+    yes: bool,
+
+    /// Write them also under workers that read the shards
+    #[arg(long)]
+    force: bool,
+}
+
+impl How {
+    fn shards(&self) -> BTreeSet<ShardId> {
+        self.shard.iter().map(|id| ShardId::from(id.as_str())).collect()
+    }
+}
+
+impl Lease {
+    pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+        match self.command {
+            LeaseCommand::Reset(reset) => reset.run(config, stop).await,
+            LeaseCommand::Release(release) => release.run(config, stop).await,
+        }
+    }
+}
+
+impl Reset {
+    async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+        let Self { application, to, how } = self;
+        let (stream, only, now) = (application.stream(config), how.shards(), Timestamp::now());
+        let to = match to {
+            ResetPosition::Latest => ResetTo::Latest { from: Place::pin_time(now) },
+            ResetPosition::TrimHorizon => ResetTo::TrimHorizon,
+            ResetPosition::Time(at) => ResetTo::Time(at),
+            ResetPosition::SequenceNumber(number) => ResetTo::SequenceNumber(number),
+        };
+        let Some((listed, look)) = observed(&application, config, &stream, &stop).await? else {
+            return Ok(());
+        };
+        let rewrites = plan_reset(&listed, &look.leases, &only, &to, now)?;
+        if let (ResetTo::SequenceNumber(number), Some(shard)) = (&to, only.first()) {
+            // A worker could not open the shard at a number that is not in it.
+            stream.check_place(shard, &Place::At(number.clone())).await?;
+        }
+        let seen = rewrites.iter().filter_map(|rewrite| rewrite.seen.as_ref());
+        let live = look.live(seen, application.observe);
+        let lines: Vec<String> = rewrites.iter().map(shown_rewrite).collect();
+        if !confirmed(&lines, &live, &how, "reset")? {
+            return Ok(());
+        }
+        let written = write_reset(&look.table, &look.leases, &rewrites, how.force).await;
+        done(written, "reset", rewrites.len())
+    }
+}
+
+impl Release {
+    async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+        let Self { application, how } = self;
+        let stream = application.stream(config);
+        let Some((_, look)) = observed(&application, config, &stream, &stop).await? else {
+            return Ok(());
+        };
+        let held = plan_release(&look.leases, &how.shards())?;
+        let live = look.live(&held, application.observe);
+        let lines: Vec<String> = held.iter().map(shown_release).collect();
+        if !confirmed(&lines, &live, &how, "release")? {
+            return Ok(());
+        }
+        let written = write_release(&look.table, &look.leases, &held, how.force).await;
+        done(written, "released", held.len())
+    }
+}
+
+/// The stream's shards and the leases, watched for long enough to know whose owner lives. `None` if the
+/// command is stopped before.
+async fn observed(
+    application: &Application,
+    config: &SdkConfig,
+    stream: &Stream,
+    stop: &CancellationToken,
+) -> Result<Option<(Vec<crate::shard::Shard>, Look)>, Box<dyn Error + Send + Sync>> {
+    let observe = async {
+        let listed = stream.shards().await?;
+        let mut look = application.look(config);
+        look.watch(application.observe).await?;
+        Ok((listed, look))
+    };
+    tokio::select! {
+        observed = observe => observed.map(Some),
+        () = stop.cancelled() => Ok(None),
+    }
+}
+
+/// Prints the changes, and tells whether to write them. An error if they must not be.
+fn confirmed(
+    lines: &[String],
+    live: &[&LeaseRow],
+    how: &How,
+    doing: &str,
+) -> Result<bool, Box<dyn Error + Send + Sync>> {
+    let refused = !live.is_empty() && !how.force;
+    if how.yes && refused {
+        return Err(refusal(live, doing).into());
+    }
+    let mut text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    if lines.is_empty() {
+        text.push_str(&format!("nothing to {doing}\n"));
+    } else if !how.yes {
+        let command: Vec<String> = std::env::args().collect();
+        text.push_str(&format!("nothing is written yet; to do it:\n  {}\n", with_yes(&command)));
+        if refused {
+            text.push_str(&format!("as it is, that is refused: {}\n", refusal(live, doing)));
+        }
+    }
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
+    }
+    Ok(how.yes && !lines.is_empty())
+}
+
+fn done(written: Result<(), LeaseError>, what: &str, count: usize) -> Outcome {
+    match written {
+        Ok(()) => {
+            tracing::info!("{count} lease{} {what}", if count == 1 { "" } else { "s" });
+            Ok(())
+        }
+        Err(error) => Err(format!(
+            "{error}; some leases may be {what} and others not: look at them with `tramline status`, \
+             and run this again"
+        )
+        .into()),
+    }
+}
+
+fn shown_rewrite(rewrite: &Rewrite) -> String {
+    let Rewrite { seen, wanted, follows } = rewrite;
+    let old = seen.as_ref().map_or("no lease".to_owned(), shown_checkpoint);
+    let owner = seen.as_ref().and_then(LeaseRow::reader);
+    let taken = owner.map_or(String::new(), |owner| format!(", taken from {owner}"));
+    let why = if *follows { ", because it follows a shard that is read again" } else { "" };
+    format!("{}: {old} -> {}{taken}{why}", wanted.shard, shown_checkpoint(wanted))
+}
+
+fn shown_checkpoint(lease: &LeaseRow) -> String {
+    match (&lease.checkpoint, lease.start_at) {
+        (Checkpoint::Latest | Checkpoint::AtTimestamp, Some(at)) => {
+            format!("{} {at}", lease.checkpoint)
+        }
+        _ => lease.checkpoint.to_string(),
+    }
+}
+
+fn shown_release(lease: &LeaseRow) -> String {
+    let asked = match (&lease.checkpoint_owner, &lease.owner) {
+        (Some(_), Some(owner)) => format!(" (asked for by {owner})"),
+        _ => String::new(),
+    };
+    format!("{}: {}{asked} -> free", lease.shard, lease.reader().unwrap_or("nobody"))
+}
+
+/// A command line with `--yes`, to be pasted into a shell.
+fn with_yes(command: &[String]) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=+,@".contains(c);
+    let quoted = |word: &String| match !word.is_empty() && word.chars().all(plain) {
+        true => word.clone(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    };
+    let words: Vec<String> = command.iter().map(quoted).collect();
+    format!("{} --yes", words.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{lease::Change, shard::Shard};
+
+    fn lease(checkpoint: &str) -> LeaseRow {
+        let shard = Shard {
+            id: "shard-a".into(),
+            parents: vec![],
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
+        LeaseRow::new(&shard, Checkpoint::parse(checkpoint, 0).expect("a checkpoint"), None)
+    }
+
+    #[test]
+    fn changes_are_shown_as_old_and_new() {
+        let seen = lease("17").after(&Change::Take { worker: "w1".into() });
+        let start_at = "2025-07-02T15:00:00Z".parse().ok();
+        let reset = Change::Reset { checkpoint: Checkpoint::Latest, start_at };
+        let wanted = seen.after(&reset);
+        let rewrite = Rewrite { seen: Some(seen.clone()), wanted, follows: false };
+        assert_eq!(
+            shown_rewrite(&rewrite),
+            "shard-a: 17 -> LATEST 2025-07-02T15:00:00Z, taken from w1"
+        );
+        let new = Rewrite { seen: None, wanted: lease("TRIM_HORIZON"), follows: true };
+        assert_eq!(
+            shown_rewrite(&new),
+            "shard-a: no lease -> TRIM_HORIZON, because it follows a shard that is read again"
+        );
+        assert_eq!(shown_release(&seen), "shard-a: w1 -> free");
+        let asked = seen.after(&Change::Ask { worker: "w2".into() });
+        assert_eq!(shown_release(&asked), "shard-a: w1 (asked for by w2) -> free");
+    }
+
+    #[test]
+    fn the_command_to_run_can_be_pasted() {
+        let command = ["tramline", "lease", "reset", "--app", "it's"].map(str::to_owned);
+        assert_eq!(with_yes(&command), r"tramline lease reset --app 'it'\''s' --yes");
+    }
+}
