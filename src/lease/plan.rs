@@ -19,6 +19,9 @@ use crate::{checkpoint::Checkpoint, shard::ShardId};
 const RENEW_AFTER: f64 = 0.4;
 /// Workers whose lease durations differ, as in a rolling change of the setting, still see it move.
 const RENEW_AT_LEAST_EVERY: Duration = Duration::from_secs(4);
+/// When this part has passed without a renewal, one was missed: a worker that only watches the bell then
+/// starts to watch the table too, in case both workers that watch it for all are dead.
+const RENEWAL_MISSED_AFTER: f64 = 0.5;
 /// A lease is used for this part of its duration; the rest is for clocks of different speed.
 const USE_FOR: f64 = 0.9;
 /// A free lease that the worker it falls to has not taken for this long is for anyone.
@@ -370,7 +373,7 @@ pub fn bell_rings(
             || now.owner != last.owner
             || now.checkpoint_owner != last.checkpoint_owner
             || now.is_finished()
-            || unmoved > lease_duration
+            || unmoved > lease_duration.mul_f64(RENEWAL_MISSED_AFTER)
     })
 }
 
@@ -728,7 +731,8 @@ mod tests {
         assert!(rings(Some(Lease { owner: None, ..last.clone() }), 0));
         assert!(rings(Some(Lease { checkpoint: Checkpoint::ShardEnd, ..last.clone() }), 0));
         assert!(rings(None, 0));
-        assert!(rings(Some(last.clone()), 11), "its reader is dead");
+        assert!(!rings(Some(last.clone()), 5));
+        assert!(rings(Some(last.clone()), 6), "its reader missed a renewal, and may be dead");
     }
 
     #[test]

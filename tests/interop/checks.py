@@ -27,6 +27,20 @@ REGION = "us-east-1"
 # of 10 shards an account allows for all scenarios together.
 SHARDS = 2
 CONNECTIONS = 3
+# With the Java KCL: shards for two workers on each side, and so many connections that each shard has some.
+FLEET_SHARDS = 4
+FLEET_CONNECTIONS = 24
+# Messages a second.
+FLEET_RATE = 100
+# The lease duration of Tramline is what the KCL calls its failover time: one value for all workers.
+LEASE_SECONDS = 3
+# The KCL waits up to 30 s at random before it fills an empty lease table, and a cold JVM takes its time.
+KCL_LIMIT = 120
+# Quick to start, and small: several run at once on a small machine.
+JAVA = ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xmx256m"]
+LOG_TIMES = [
+    "-Dorg.slf4j.simpleLogger.showDateTime=true", "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
+]
 # Neither someone's AWS profile or region nor a TRAMLINE_ setting may get in.
 BARE_ENV = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
 
@@ -59,7 +73,7 @@ class Process:
         with open(self.stdout_path, "wb") as stdout, open(self.stderr_path, "wb") as stderr:
             # Its own session: Ctrl-C comes to us alone, and we end the others.
             self.child = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                command, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=folder,
                 start_new_session=True,
             )
         Process.started.append(self)
@@ -114,10 +128,11 @@ class Process:
 class Servers:
     """One Kinesis with one DynamoDB, and what the scenarios do with them."""
 
-    def __init__(self, name, kinesis, dynamodb, tramline, folder):
+    def __init__(self, name, kinesis, dynamodb, tramline, folder, kcl=None):
         self.name = name
         self.urls = {"kinesis": kinesis, "dynamodb": dynamodb}
         self.program = tramline
+        self.kcl_folder = kcl
         self.folder = folder
         self.passed = self.failed = 0
         self.env = BARE_ENV | {
@@ -132,6 +147,18 @@ class Servers:
 
     def tramline(self, *arguments):
         return Process(arguments[0], [self.program, *arguments], self.env, self.folder)
+
+    def kcl(self, worker, stream, app, mode, retrieval="polling"):
+        """A worker of the Java KCL. Its mode is 3X, or COMPATIBLE_WITH_2X: leases are taken as in 2.x."""
+        settings = {
+            "stream": stream, "app": app, "worker": worker, "mode": mode, "retrieval": retrieval,
+            "failover-millis": str(LEASE_SECONDS * 1000), **self.urls,
+        }
+        arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        path = os.path.join(self.kcl_folder, "classes") + ":" + os.path.join(self.kcl_folder, "lib", "*")
+        # The embedded Kinesis is used with JSON, not CBOR, as the others here.
+        java = [*JAVA, *LOG_TIMES, "-Daws.cborEnabled=false", "-cp", path, "KclWorker"]
+        return Process("kcl", [*java, *arguments], self.env, self.folder)
 
     def check(self, ok, what, process=None, detail=""):
         """Reports a check; of a process, if it is to blame, with the end of its stderr."""
@@ -150,8 +177,11 @@ class Servers:
     def call(self, service, operation, **body):
         return aws(self.urls[service], service, operation, body)
 
-    def create_stream(self, name):
-        self.call("kinesis", "CreateStream", StreamName=name, ShardCount=SHARDS)
+    def left_out(self, what, reason):
+        print(f"left out: {self.name}  {what}, because {reason}", flush=True)
+
+    def create_stream(self, name, shards=SHARDS):
+        self.call("kinesis", "CreateStream", StreamName=name, ShardCount=shards)
 
         def is_active():
             answer = self.call("kinesis", "DescribeStreamSummary", StreamName=name)
@@ -161,7 +191,16 @@ class Servers:
         return name
 
     def leases(self, table):
-        return self.call("dynamodb", "Scan", TableName=table, ConsistentRead=True)["Items"]
+        rows = self.call("dynamodb", "Scan", TableName=table, ConsistentRead=True)["Items"]
+        # The KCL keeps rows of other kinds in the same table; leases have a counter.
+        return [row for row in rows if "leaseCounter" in row]
+
+    def owners(self, table):
+        """The owner of each shard that has one."""
+        return {
+            lease["leaseKey"]["S"]: lease["leaseOwner"]["S"]
+            for lease in self.leases(table) if "leaseOwner" in lease
+        }
 
 
 TARGETS = {"kinesis": "Kinesis_20131202", "dynamodb": "DynamoDB_20120810"}
@@ -190,7 +229,7 @@ def aws(url, service, operation, body):
 
 
 class Message(NamedTuple):
-    """A line of `consume --format json`."""
+    """An OCS message, from `consume --format json` or out of a record that the Java KCL wrote."""
 
     shard: str
     sequence_number: str
@@ -207,16 +246,20 @@ LINE_KEYS = [
 def messages(consumer):
     """What a consumer wrote to stdout. A line without its end is not there yet."""
     lines = consumer.stdout().split(b"\n")[:-1]
-    return [message(consumer, line) for line in lines]
+    return [message for line in lines for message in messages_of_line(consumer, line)]
 
 
-def message(consumer, line):
+def messages_of_line(consumer, line):
     try:
         place = json.loads(line)
-        if list(place) != LINE_KEYS:
+        if consumer.name == "kcl":
+            texts = place["raw"]
+        elif list(place) == LINE_KEYS:
+            texts = [place["event"]["data"]["raw"]]
+        else:
             raise ValueError(f"its keys are not {LINE_KEYS}")
-        counter = int(place["event"]["data"]["raw"].split(",")[0])
-        return Message(place["shard"], place["sequence_number"], place["partition_key"], counter)
+        where = place["shard"], place["sequence_number"], place["partition_key"]
+        return [Message(*where, int(text.split(",")[0])) for text in texts]
     except (ValueError, KeyError, TypeError) as error:
         raise GaveUp(f"{consumer.name} wrote a line that is no message: {line[:200]!r}: {error}") from None
 
@@ -241,20 +284,20 @@ def count_each(found):
 class Traffic:
     """OCS senders and the producer they are connected to."""
 
-    def __init__(self, servers, stream, count, rate=0):
-        self.servers, self.count = servers, count
+    def __init__(self, servers, stream, count, rate=0, connections=CONNECTIONS):
+        self.servers, self.count, self.connections = servers, count, connections
         self.producer = servers.tramline("produce", "--listen", "127.0.0.1:0", "--stream", stream)
         listening = self.producer.until_logged(r"listening for OCS connections address=(\S+)")
         self.generator = servers.tramline(
             "generate", "--to", listening[1], "--messages", str(count), "--rate", str(rate),
-            "--connections", str(CONNECTIONS), "--seed", "5",
+            "--connections", str(connections), "--seed", "5",
         )
 
     def finish(self):
         if code := self.generator.exit_code():
             raise GaveUp(f"generate ended with exit code {code}")
         # A stopping producer does not read on: what it has not read by then is not its own.
-        self.producer.until_logged("connection done", CONNECTIONS)
+        self.producer.until_logged("connection done", self.connections)
         code = self.producer.terminate()
         self.servers.check_exit(self.producer, code, 0, f"produce takes {self.count} messages and stops")
 
@@ -397,12 +440,202 @@ def latest(servers):
     check_delivered(servers, consumer, 50, "latest gives the 50 later messages and no earlier one")
 
 
+class Fleet:
+    """What the scenarios with the Java KCL share: one stream, one lease table, workers of both kinds."""
+
+    def __init__(self, servers, name):
+        self.servers, self.app = servers, f"{name}-app"
+        # The embedded Kinesis is behind both lease tables.
+        self.stream = servers.create_stream(f"{name}-{servers.name.replace('+', '-')}", FLEET_SHARDS)
+        self.workers = {}
+        self.sent = self.repeated = 0
+
+    def tramline(self, *names):
+        for name in names:
+            self.workers[name] = self.servers.tramline(
+                "consume", "--stream", self.stream, "--app", self.app, "--worker-id", name,
+                "--lease-duration", f"{LEASE_SECONDS}s", "--checkpoint-interval", "1s", "--format", "json",
+            )
+
+    def kcl(self, mode, *names, retrieval="polling"):
+        for name in names:
+            self.workers[name] = self.servers.kcl(name, self.stream, self.app, mode, retrieval)
+
+    def send(self, count):
+        self.sent += count
+        return Traffic(self.servers, self.stream, count, FLEET_RATE, FLEET_CONNECTIONS)
+
+    def found(self):
+        return [message for worker in self.workers.values() for message in messages(worker)]
+
+    def until_came(self, count):
+        """Waits for so many of all the messages; says it if they do not come, and lets a check fail."""
+        try:
+            wait_for(f"{count} messages", lambda: count_each(self.found()) >= count, KCL_LIMIT)
+        except GaveUp as error:
+            print(f"     {self.servers.name}  {error}", flush=True)
+
+    def until_shared(self, *names, apart=1):
+        """Waits until these workers and no others hold all shards, for a lease duration on end.
+
+        Their counts differ by no more than `apart`.
+        """
+        tables = lambda: self.servers.call("dynamodb", "ListTables")["TableNames"]
+        wait_for("the lease table", lambda: self.app in tables(), KCL_LIMIT)
+        since = None
+
+        def look():
+            nonlocal since
+            owners = list(self.servers.owners(self.app).values())
+            counts = [owners.count(name) for name in names]
+            if sum(counts) != FLEET_SHARDS or max(counts) - min(counts) > apart:
+                since = None
+                return False
+            since = since or time.monotonic()
+            return time.monotonic() - since > LEASE_SECONDS
+
+        try:
+            wait_for(f"{names} to share all shards", look, KCL_LIMIT)
+        except GaveUp as error:
+            raise GaveUp(f"{error}; the owners are {self.servers.owners(self.app)}") from None
+
+    def stop(self, *names):
+        """Stops workers cleanly, all at once."""
+        for name in names:
+            self.workers[name].child.send_signal(signal.SIGTERM)
+        for name in names:
+            code = self.workers[name].exit_code()
+            if code:
+                raise GaveUp(f"{name} ended with exit code {code} on SIGTERM")
+
+    def stop_in_traffic(self, *names):
+        """Stops workers cleanly while messages come, and leaves some of them for others to read."""
+        traffic = self.send(800)
+        self.until_came(self.sent - 600)
+        self.stop(*names)
+        came = count_each(self.found())
+        if came >= self.sent:
+            raise GaveUp(f"{names} took so long to stop that they read all {self.sent} messages")
+        return traffic
+
+    def check_complete(self, what, repeats=0):
+        """Every message sent so far came, and since the last check no more than so many came again."""
+        self.until_came(self.sent)
+        found = self.found()
+        came = count_each(found)
+        again = len(found) - came - self.repeated
+        self.repeated += again
+        wrong = [
+            f"{name}: {shard} goes back" for name, worker in self.workers.items()
+            for shard in goes_back(messages(worker))
+        ]
+        if repeats:
+            what += f" ({again} came again)"
+        self.servers.check(
+            came == self.sent and again <= repeats and not wrong, what,
+            detail=f"{came} of {self.sent} came, {again} of them again; {wrong}",
+        )
+
+    def check_calm(self):
+        """Tramline has nothing to complain of: neither the KCL's other rows, nor a write that was refused."""
+        said = [
+            line for worker in self.workers.values() if worker.name == "consume"
+            for line in worker.stderr().splitlines() if re.search(" (WARN|ERROR) ", line)
+        ]
+        self.servers.check(not said, "Tramline logs no warning and no error", detail=str(said[:5]))
+
+
+def goes_back(found):
+    """The shards in which one worker's records do not come in rising order."""
+    last, wrong = {}, set()
+    for message in found:
+        number = int(message.sequence_number)
+        if number < last.get(message.shard, 0):
+            wrong.add(message.shard)
+        last[message.shard] = number
+    return sorted(wrong)
+
+
+def relay(servers):
+    """Fleets of the Java KCL 3.x and of Tramline follow one another on one lease table, in mid-traffic."""
+    fleet = Fleet(servers, "relay")
+    # The KCL creates the table: with its index, and in 3.5 with its rows that are no leases.
+    fleet.kcl("3X", "java-1", "java-2")
+    # How it divides the shards on its first round depends on which of its workers was up by then.
+    fleet.until_shared("java-1", "java-2", apart=FLEET_SHARDS)
+    traffic = fleet.stop_in_traffic("java-1", "java-2")
+    fleet.tramline("rust-1", "rust-2")
+    traffic.finish()
+    fleet.check_complete("Tramline goes on where a Java KCL 3.x fleet stopped: no gap, nothing twice")
+
+    traffic = fleet.stop_in_traffic("rust-1", "rust-2")
+    fleet.kcl("3X", "java-3", "java-4", retrieval="fan-out")
+    traffic.finish()
+    fleet.check_complete("a Java KCL 3.x fleet goes on where Tramline stopped: no gap, nothing twice")
+    fleet.stop("java-3", "java-4")
+    fleet.check_calm()
+    # Polling, it logs "Will retry the request" for ever; by fan-out, it subscribes anew several times a second.
+    servers.left_out(
+        "a split or merge read by the Java KCL",
+        "the KCL ends a shard only if an answer has no successor and names the children, and the embedded "
+        "Kinesis gives one without the other",
+    )
+
+
+def side_by_side(servers):
+    """Workers of Tramline and of the Java KCL, in 2.x-compatible mode, share one table live."""
+    fleet = Fleet(servers, "shared")
+    # Here Tramline creates the table.
+    fleet.tramline("rust-1", "rust-2")
+    fleet.until_shared("rust-1", "rust-2")
+    traffic = fleet.send(1200)
+    fleet.kcl("COMPATIBLE_WITH_2X", "java-1", "java-2")
+    fleet.until_shared("rust-1", "rust-2", "java-1", "java-2")
+    traffic.finish()
+    # Like 2.x, the KCL takes without asking, so what was not checkpointed comes again. Far more would come
+    # again if two workers went on to read one shard.
+    fleet.check_complete("Java KCL workers join Tramline's: nothing is missing", repeats=1200 // FLEET_SHARDS // 2)
+
+    owners = servers.owners(fleet.app)
+    before = {name: len(messages(worker)) for name, worker in fleet.workers.items()}
+    fleet.send(600).finish()
+    fleet.check_complete("side by side, every message comes once")
+    delivered = {
+        (message.shard, name) for name, worker in fleet.workers.items()
+        for message in messages(worker)[before[name]:]
+    }
+    servers.check(
+        delivered == set(owners.items()) and len(set(owners.values())) == 4,
+        "each of the four workers delivers what is in its own shard, and nothing else",
+        detail=f"owners {owners}, delivered {sorted(delivered)}",
+    )
+
+    traffic = fleet.stop_in_traffic("rust-1", "rust-2")
+    traffic.finish()
+    fleet.check_complete("Tramline's workers stop, the Java KCL's go on: no gap, nothing twice")
+    fleet.until_shared("java-1", "java-2")
+
+    traffic = fleet.send(1200)
+    fleet.tramline("rust-3")
+    fleet.until_shared("rust-3", "java-1", "java-2")
+    traffic.finish()
+    # Tramline asks for shards as a leader of KCL 3.x does, and the KCL hands them over.
+    fleet.check_complete("a Tramline worker joins the Java KCL's: no gap, nothing twice")
+
+    traffic = fleet.stop_in_traffic("java-1", "java-2")
+    traffic.finish()
+    fleet.check_complete("the Java KCL's workers stop, Tramline's goes on: no gap, nothing twice")
+    fleet.stop("rust-3")
+    fleet.check_calm()
+
+
 SCENARIOS = [delivery, fan_out_only, killed, latest]
+KCL_SCENARIOS = [relay, side_by_side]
 
 
-def run(servers, processes):
-    """Runs every scenario on one set of servers."""
-    for scenario in SCENARIOS:
+def run(servers, processes, scenarios):
+    """Runs the scenarios on one set of servers."""
+    for scenario in scenarios:
         begin = len(Process.started)
         try:
             scenario(servers)
@@ -422,11 +655,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_server(name, command, service, operation, folder):
-    """Starts a server and waits for its first answer."""
-    port = free_port()
-    process = Process(name, [*command, "--port", str(port)], BARE_ENV, folder)
-    url = f"http://127.0.0.1:{port}"
+def until_answers(process, url, service, operation):
+    """Waits for the first answer of a server."""
 
     def answers():
         if not process.is_running():
@@ -436,37 +666,86 @@ def start_server(name, command, service, operation, folder):
         except GaveUp:
             return None
 
-    wait_for(f"an answer of {name}", answers)
+    wait_for(f"an answer of {process.name}", answers)
+
+
+def start_server(name, command, port_flag, service, operation, folder):
+    """Starts a server on a free port. Gives its URL and process."""
+    port = free_port()
+    process = Process(name, [*command, port_flag, str(port)], BARE_ENV, folder)
+    url = f"http://127.0.0.1:{port}"
+    until_answers(process, url, service, operation)
     return url, process
 
 
-def start_all(arguments, folder):
+def start_local(tramline, folder):
+    """Starts the embedded servers. Gives the URLs of Kinesis and DynamoDB, and the process."""
+    process = Process("local", [tramline, "local"], BARE_ENV, folder)
+
+    def look():
+        if not process.is_running():
+            raise GaveUp(f"it ended at once{process.tail()}")
+        said = process.stdout().decode()
+        return said if said.endswith("\nready\n") else None
+
+    said = wait_for("`tramline local` to be ready", look)
+    urls = dict(re.findall(r"export AWS_ENDPOINT_URL_(\w+)=(\S+)", said))
+    return urls["KINESIS"], urls["DYNAMODB"], process
+
+
+def start_all(arguments, tramline, folder):
     """Starts the servers that were installed. Gives their URLs and processes, and why others are missing."""
     here = ["--host", "127.0.0.1"]
+    dynamodb_local = arguments.dynamodb_local and [
+        *JAVA, f"-Dsqlite4java.library.path={arguments.dynamodb_local}/lib",
+        "-cp", f"{arguments.dynamodb_local}/lib/*",
+        "com.amazonaws.services.dynamodbv2.local.main.ServerRunner", "-inMemory", "-disableTelemetry",
+    ]
     commands = {
         # It has no --host.
-        "kinesalite": ("kinesis", "ListStreams", [arguments.kinesalite]),
-        "dynalite": ("dynamodb", "ListTables", [arguments.dynalite, *here]),
-        "moto": ("kinesis", "ListStreams", [arguments.moto, *here]),
+        "kinesalite": ("kinesis", "ListStreams", "--port", [arguments.kinesalite]),
+        "dynalite": ("dynamodb", "ListTables", "--port", [arguments.dynalite, *here]),
+        "moto": ("kinesis", "ListStreams", "--port", [arguments.moto, *here]),
+        "dynamodb-local": ("dynamodb", "ListTables", "-port", dynamodb_local or [None]),
     }
     urls, processes, missing = {}, [], []
-    for name, (service, operation, command) in commands.items():
+    for name, (service, operation, port_flag, command) in commands.items():
         if command[0] is None:
             missing.append(f"{name}: it could not be installed, see above")
             continue
         try:
-            urls[name], process = start_server(name, command, service, operation, folder)
+            urls[name], process = start_server(name, command, port_flag, service, operation, folder)
             processes.append(process)
         except (GaveUp, OSError) as error:
             missing.append(f"{name}: {error}; delete tests/interop/.cache to install it anew")
+    if arguments.kcl is None:
+        missing.append("the Java KCL: it could not be built, see above")
+    else:
+        try:
+            urls["local"], urls["local-dynamodb"], process = start_local(tramline, folder)
+            processes.append(process)
+        except GaveUp as error:
+            missing.append(f"tramline local: {error}")
     return urls, processes, missing
+
+
+# Kinesis, DynamoDB, what they are called together, and what is checked there.
+PAIRS = [
+    ("kinesalite", "dynalite", "kinesalite+dynalite", SCENARIOS),
+    ("moto", "moto", "moto", SCENARIOS),
+    ("local", "local-dynamodb", "kcl+local", KCL_SCENARIOS),
+    ("local", "dynamodb-local", "kcl+dynamodb-local", KCL_SCENARIOS),
+]
 
 
 def main():
     parser = argparse.ArgumentParser(description="Started by tests/interop/run.")
     parser.add_argument("--tramline", required=True)
     for server in ("kinesalite", "dynalite", "moto"):
-        parser.add_argument(f"--{server}")
+        parser.add_argument(f"--{server}", help="the program")
+    for java in ("kcl", "dynamodb-local"):
+        parser.add_argument(f"--{java}", help="the folder of its classes")
+    parser.add_argument("--only", help="only the servers whose name has this in it")
     arguments = parser.parse_args()
     tramline = os.path.abspath(arguments.tramline)
     if not os.access(tramline, os.X_OK):
@@ -475,12 +754,11 @@ def main():
     folder = tempfile.mkdtemp(prefix="tramline-interop-")
     passed = failed = 0
     try:
-        urls, processes, missing = start_all(arguments, folder)
-        for kinesis, dynamodb in [("kinesalite", "dynalite"), ("moto", "moto")]:
-            if kinesis in urls and dynamodb in urls:
-                name = kinesis if kinesis == dynamodb else f"{kinesis}+{dynamodb}"
-                servers = Servers(name, urls[kinesis], urls[dynamodb], tramline, folder)
-                run(servers, processes)
+        urls, processes, missing = start_all(arguments, tramline, folder)
+        for kinesis, dynamodb, name, scenarios in PAIRS:
+            if kinesis in urls and dynamodb in urls and (arguments.only or "") in name:
+                servers = Servers(name, urls[kinesis], urls[dynamodb], tramline, folder, arguments.kcl)
+                run(servers, processes, scenarios)
                 passed, failed = passed + servers.passed, failed + servers.failed
     finally:
         for process in Process.started:
