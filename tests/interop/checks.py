@@ -539,8 +539,8 @@ class Fleet:
     def check_calm(self):
         """Tramline has nothing to complain of: neither the KCL's other rows, nor a write that was refused.
 
-        DynamoDB Local fails now and then with an InternalFailure of its own when two workers write at once.
-        Tramline says so and writes again; that nothing came of it is checked by the messages.
+        DynamoDB Local was seen to answer an UpdateItem with an InternalFailure, its own and for no reason
+        that it gives. Tramline says so and writes again; that nothing came of it is checked by the messages.
         """
         said = [
             line for worker in self.workers.values() if worker.name == "consume"
