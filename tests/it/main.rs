@@ -9,5 +9,7 @@ mod local;
 mod produce;
 mod simulation;
 mod status;
+mod streams;
 mod support;
+mod watchdog;
 mod worker;
