@@ -74,7 +74,10 @@ mod source;
 mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
-pub use handler::{Batch, DeadLetterError, DeadLetters, Handler, Tenure};
+pub use handler::{
+    Ack, Batch, DeadLetterError, DeadLetters, Handler, OnFailure, Retries, RetryPer, StopReason,
+    Tenure, Tolerance,
+};
 pub use lease::LeaseError;
 pub use produce::{PartitionKey, ProduceError, Producer, ProducerReport, ProducerSettings};
 pub use record::Message;

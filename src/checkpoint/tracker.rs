@@ -61,6 +61,11 @@ impl Tracker {
         Some(serials)
     }
 
+    /// The serial number that the next message gets.
+    pub fn next_serial(&self) -> u64 {
+        self.next_serial
+    }
+
     /// Notes that a message is finished. `false` if it is not one of ours, or was finished before: then
     /// nothing changes.
     pub fn finish(&mut self, serial: u64) -> bool {
@@ -88,7 +93,7 @@ impl Tracker {
     }
 
     /// The highest position that was delivered.
-    fn delivered(&self) -> Option<&Position> {
+    pub fn delivered(&self) -> Option<&Position> {
         match self.unfinished.last_key_value() {
             Some((_, reached)) => reached.as_ref(),
             None => self.checkpoint(),

@@ -1,15 +1,31 @@
 //! What a service implements to get messages.
 
+mod ack;
 mod dead_letter;
 #[cfg(test)]
 mod dead_letter_line;
-#[cfg_attr(not(test), expect(dead_code, reason = "the worker's failure policy stores through it"))]
 mod dead_letters;
+mod failure;
 
-use std::{fmt, ops::Deref, time::Duration};
+use std::{
+    fmt,
+    ops::Deref,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use tokio::sync::mpsc;
+
+pub use ack::Ack;
+pub(crate) use ack::Answer;
 pub(crate) use dead_letter::{DeadLetter, Kind, Place, RecordPlace};
+pub(crate) use dead_letters::DeadLetterStore;
 pub use dead_letters::{DeadLetterError, DeadLetters};
+pub(crate) use failure::{Failure, FailureCause, FailureRate};
+pub use failure::{OnFailure, Retries, RetryPer, Tolerance};
 
 use crate::{record::Message, shard::ShardId};
 
@@ -40,9 +56,10 @@ pub trait Handler: Send + 'static {
 
     /// Handles a batch. `Ok` says that all of it is finished: the checkpoint may pass it.
     ///
-    /// After an `Err` the same batch is offered again, five times in all with growing waits; then the
-    /// worker stops with the error, and the batch is read again after a restart (P1). If the lease is
-    /// lost meanwhile, the call is dropped at its next `await`: another worker has the shard (P4).
+    /// After an `Err`, a panic or a call that takes too long, the same batch is offered again, as
+    /// [`Retries`] says; then its messages one by one; and what still fails is dealt with as
+    /// [`OnFailure`] says. So a handler must be fit to go on after any of these. If the lease is lost
+    /// meanwhile, the call is dropped at its next `await`: another worker has the shard (P4).
     fn handle(&mut self, batch: &Batch) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
     /// Reading of the shard starts.
@@ -61,11 +78,42 @@ pub trait Handler: Send + 'static {
         async {}
     }
 
-    /// The worker stops, or hands the shard to another one. No batch is under way: the last one is
-    /// finished, or was given up after it failed. The checkpoint is written after this.
-    fn stopping(&mut self) -> impl Future<Output = ()> + Send {
+    /// The reading of the shard stops here. No batch is under way. Acknowledgements are waited for, and
+    /// then the checkpoint is written, after this.
+    fn stopping(&mut self, why: StopReason) -> impl Future<Output = ()> + Send {
+        let _ = why;
         async {}
     }
+
+    /// The handler's state after all that it has finished, to be stored in the same write as the position
+    /// ([`Checkpoints`](crate::Checkpoints) in S3 or a file): whatever happens, both agree, so that each
+    /// message counts in the state exactly once. Called before each checkpoint, between batches.
+    ///
+    /// `None`, the default, stores the position alone.
+    fn snapshot(&mut self) -> Result<Option<Vec<u8>>, Self::Error> {
+        Ok(None)
+    }
+
+    /// Takes up the state that was stored with the position at which reading goes on. Called once, before
+    /// [`started`](Self::started), if there is one.
+    fn restore(&mut self, state: &[u8]) -> Result<(), Self::Error> {
+        let _ = state;
+        Ok(())
+    }
+}
+
+/// Why the reading of a shard stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// The worker stops.
+    Shutdown,
+    /// Another worker gets the shard.
+    HandOver,
+    /// A message could not be handled, and the policy is to stop, or too many were.
+    Failed,
+    /// The end of the time window is reached.
+    WindowEnd,
 }
 
 /// A worker's time with a shard, from taking its lease to losing it or letting go.
@@ -89,9 +137,66 @@ pub struct Tenure {
 pub struct Batch {
     pub(crate) messages: Vec<Message>,
     pub(crate) behind: Option<Duration>,
+    pub(crate) acks: Acks,
+    checkpoint_wanted: AtomicBool,
+}
+
+/// Where acknowledgements of a batch go, and whether the handler took them.
+#[derive(Debug, Clone)]
+pub(crate) struct Acks {
+    /// The serial number of each message.
+    pub serials: Arc<[u64]>,
+    pub to: mpsc::UnboundedSender<Answer>,
+    pub taken: Arc<AtomicBool>,
+}
+
+impl Acks {
+    pub(crate) fn new(serials: Arc<[u64]>, to: mpsc::UnboundedSender<Answer>) -> Self {
+        Self { serials, to, taken: Arc::default() }
+    }
+
+    pub(crate) fn are_taken(&self) -> bool {
+        self.taken.load(Ordering::Acquire)
+    }
 }
 
 impl Batch {
+    pub(crate) fn new(messages: Vec<Message>, behind: Option<Duration>, acks: Acks) -> Self {
+        Self { messages, behind, acks, checkpoint_wanted: AtomicBool::new(false) }
+    }
+
+    /// The same batch with fewer messages.
+    #[expect(dead_code)]
+    pub(crate) fn only(&self, kept: impl IntoIterator<Item = usize>) -> Self {
+        let (mut messages, mut serials) = (Vec::new(), Vec::new());
+        for n in kept {
+            messages.push(self.messages[n].clone());
+            serials.push(self.acks.serials[n]);
+        }
+        let acks = Acks { serials: serials.into(), ..self.acks.clone() };
+        Self::new(messages, self.behind, acks)
+    }
+
+    /// Takes over to say when each message is finished: one [`Ack`] for each, in the order of the
+    /// messages. `Ok` then says only that the batch was taken, so that the next one comes; acknowledge in
+    /// any order, from any task. The checkpoint stays before the first message that is not acknowledged,
+    /// and reading waits while too many are not.
+    pub fn ack_later(&self) -> Vec<Ack> {
+        self.acks.taken.store(true, Ordering::Release);
+        self.acks.serials.iter().map(|serial| Ack::new(*serial, self.acks.to.clone())).collect()
+    }
+
+    /// Asks for a checkpoint as soon as this batch is finished, instead of at the next interval. With
+    /// [`checkpoint_interval`](crate::WorkerBuilder::checkpoint_interval) set to
+    /// [`Duration::MAX`] there is no other, but at the end of the shard, at a hand-over and at a stop.
+    pub fn checkpoint_now(&self) {
+        self.checkpoint_wanted.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_checkpoint_wanted(&self) -> bool {
+        self.checkpoint_wanted.load(Ordering::Relaxed)
+    }
+
     /// How far behind the tip of the stream this batch was read, where the server tells.
     pub fn behind(&self) -> Option<Duration> {
         self.behind

@@ -5,7 +5,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::ShardName;
-use crate::shard::{SequenceNumber, ShardId};
+use crate::{
+    checkpoint::Position,
+    shard::{SequenceNumber, ShardId},
+};
 
 /// One OCS message and where it came from.
 ///
@@ -100,6 +103,11 @@ impl Message {
     /// The sequence number of its record.
     pub fn sequence_number(&self) -> &SequenceNumber {
         &self.origin.sequence_number
+    }
+
+    /// What is finished when this message and those before it are: its record, or its user record.
+    pub(crate) fn position(&self) -> Position {
+        Position { sequence_number: self.sequence_number().clone(), sub_sequence_number: 0 }
     }
 
     /// Its place among the messages of its record, from 0. With the shard and the sequence number it

@@ -131,6 +131,10 @@ impl DeadLetters {
         Self(Destination::File { path: path.into() })
     }
 
+    pub(crate) fn is_stderr(&self) -> bool {
+        self.0 == Destination::Stderr
+    }
+
     /// Gets ready to store letters. An error if it is clear now that this cannot work: the stream or
     /// the bucket does not exist, or the file cannot be written.
     pub(crate) async fn open(
