@@ -27,6 +27,7 @@ pub mod generate;
 mod message;
 mod movement;
 mod schedule;
+mod sequence;
 mod service_day;
 
 pub use car::{Car, Cars};
@@ -38,4 +39,5 @@ pub use movement::{HeavyRailMovement, LightRailMovement, Movement, Position, Raw
 pub use schedule::{
     AddType, Consist, Destination, NewTrip, Schedule, TaggedCar, TaggedCars, Tags, TripType,
 };
+pub use sequence::{SequenceMonitor, SequenceStep, counter};
 pub use service_day::ServiceDay;

@@ -7,6 +7,7 @@ mod fleet;
 mod generate;
 mod local;
 mod produce;
+mod sequence_monitor;
 mod simulation;
 mod status;
 mod support;
