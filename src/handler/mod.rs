@@ -1,10 +1,16 @@
 //! What a service implements to get messages.
 
+mod coalesce;
+mod concurrent;
 mod dead_letter;
+mod deduplicate;
 
 use std::{fmt, ops::Deref, time::Duration};
 
+pub use coalesce::Coalesce;
+pub use concurrent::{Concurrent, MessagesFailed};
 pub(crate) use dead_letter::{DeadLetter, Place};
+pub use deduplicate::Deduplicate;
 
 use crate::{record::Message, shard::ShardId};
 
@@ -91,6 +97,11 @@ impl Batch {
     pub fn behind(&self) -> Option<Duration> {
         self.behind
     }
+
+    /// This batch with other messages: some of its own.
+    pub(crate) fn with(&self, messages: Vec<Message>) -> Self {
+        Self { messages, behind: self.behind }
+    }
 }
 
 impl Deref for Batch {
@@ -107,5 +118,85 @@ impl<'a> IntoIterator for &'a Batch {
 
     fn into_iter(self) -> Self::IntoIter {
         self.messages.iter()
+    }
+}
+
+/// What the tests of the handlers here share.
+#[cfg(test)]
+mod testing {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        ocs::EventSource,
+        record::{Record, ShardName, unpack},
+        shard::SequenceNumber,
+    };
+
+    /// A batch of one record for each partition key and OCS line.
+    pub(super) fn batch(lines: &[(&str, &str)]) -> Batch {
+        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
+        let mut messages = Vec::new();
+        for (n, (key, line)) in lines.iter().enumerate() {
+            let source = EventSource::new((*key).to_owned(), "test", None);
+            let record = Record {
+                sequence_number: SequenceNumber::parse((100 + n).to_string()).expect("a number"),
+                partition_key: (*key).to_owned(),
+                arrived_at: None,
+                data: source.event("2025-07-02T15:00:00Z", line.as_bytes()).json.into(),
+            };
+            unpack(&shard, record, &mut messages, &mut Vec::new());
+        }
+        assert_eq!(messages.len(), lines.len());
+        Batch { messages, behind: None }
+    }
+
+    /// Keeps what it is called with.
+    #[derive(Debug, Default)]
+    pub(super) struct Recorder {
+        pub batches: Vec<Vec<String>>,
+        pub behind: Vec<Option<Duration>>,
+        pub heard: Vec<&'static str>,
+        /// How many batches it refuses first.
+        pub failures: u32,
+    }
+
+    impl Handler for Recorder {
+        type Error = &'static str;
+
+        async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+            if self.failures > 0 {
+                self.failures -= 1;
+                return Err("as told");
+            }
+            self.batches.push(batch.iter().map(|message| message.raw().to_owned()).collect());
+            self.behind.push(batch.behind());
+            Ok(())
+        }
+
+        async fn started(&mut self, _: &Tenure) {
+            self.heard.push("started");
+        }
+
+        async fn ended(&mut self) {
+            self.heard.push("ended");
+        }
+
+        async fn lost(&mut self) {
+            self.heard.push("lost");
+        }
+
+        async fn stopping(&mut self) {
+            self.heard.push("stopping");
+        }
+    }
+
+    /// Calls everything but `handle`.
+    pub(super) async fn hear_everything(handler: &mut impl Handler) {
+        let tenure = Tenure { shard: "shardId-0".into(), lease_counter: 1, owner_switches: 0 };
+        handler.started(&tenure).await;
+        handler.ended().await;
+        handler.lost().await;
+        handler.stopping().await;
     }
 }
