@@ -75,8 +75,8 @@ mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
 pub use handler::{
-    Ack, Batch, DeadLetterError, DeadLetters, Handler, OnFailure, Retries, RetryPer, StopReason,
-    Tenure, Tolerance,
+    Ack, Batch, Coalesce, Concurrent, DeadLetterError, DeadLetters, Deduplicate, Handler,
+    MessagesFailed, OnFailure, Retries, RetryPer, StopReason, Tenure, Tolerance,
 };
 pub use lease::LeaseError;
 pub use produce::{PartitionKey, ProduceError, Producer, ProducerReport, ProducerSettings};

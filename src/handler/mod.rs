@@ -1,10 +1,13 @@
 //! What a service implements to get messages.
 
 mod ack;
+mod coalesce;
+mod concurrent;
 mod dead_letter;
 #[cfg(test)]
 mod dead_letter_line;
 mod dead_letters;
+mod deduplicate;
 mod failure;
 
 use std::{
@@ -21,9 +24,12 @@ use tokio::sync::mpsc;
 
 pub use ack::Ack;
 pub(crate) use ack::Answer;
+pub use coalesce::Coalesce;
+pub use concurrent::{Concurrent, MessagesFailed};
 pub(crate) use dead_letter::{DeadLetter, Kind, Place, RecordPlace};
 pub(crate) use dead_letters::DeadLetterStore;
 pub use dead_letters::{DeadLetterError, DeadLetters};
+pub use deduplicate::Deduplicate;
 pub(crate) use failure::{Failure, FailureCause, FailureRate};
 pub use failure::{OnFailure, Retries, RetryPer, Tolerance};
 
@@ -138,43 +144,55 @@ pub struct Batch {
     pub(crate) messages: Vec<Message>,
     pub(crate) behind: Option<Duration>,
     pub(crate) acks: Acks,
-    checkpoint_wanted: AtomicBool,
 }
 
-/// Where acknowledgements of a batch go, and whether the handler took them.
+/// Where acknowledgements of a batch go, and what the handler asked for.
 #[derive(Debug, Clone)]
 pub(crate) struct Acks {
     /// The serial number of each message.
     pub serials: Arc<[u64]>,
-    pub to: mpsc::UnboundedSender<Answer>,
-    pub taken: Arc<AtomicBool>,
+    /// Those of messages that were left out of the batch: finished with it.
+    pub left_out: Arc<[u64]>,
+    to: mpsc::UnboundedSender<Answer>,
+    asked: Arc<Asked>,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    acks: AtomicBool,
+    checkpoint: AtomicBool,
 }
 
 impl Acks {
     pub(crate) fn new(serials: Arc<[u64]>, to: mpsc::UnboundedSender<Answer>) -> Self {
-        Self { serials, to, taken: Arc::default() }
+        Self { serials, left_out: Arc::default(), to, asked: Arc::default() }
     }
 
+    /// Whether the handler acknowledges messages one by one.
     pub(crate) fn are_taken(&self) -> bool {
-        self.taken.load(Ordering::Acquire)
+        self.asked.acks.load(Ordering::Acquire)
+    }
+
+    /// As before it was offered.
+    pub(crate) fn take_back(&self) {
+        self.asked.acks.store(false, Ordering::Release);
     }
 }
 
 impl Batch {
     pub(crate) fn new(messages: Vec<Message>, behind: Option<Duration>, acks: Acks) -> Self {
-        Self { messages, behind, acks, checkpoint_wanted: AtomicBool::new(false) }
+        Self { messages, behind, acks }
     }
 
-    /// The same batch with fewer messages.
-    #[expect(dead_code)]
-    pub(crate) fn only(&self, kept: impl IntoIterator<Item = usize>) -> Self {
-        let (mut messages, mut serials) = (Vec::new(), Vec::new());
-        for n in kept {
-            messages.push(self.messages[n].clone());
-            serials.push(self.acks.serials[n]);
-        }
-        let acks = Acks { serials: serials.into(), ..self.acks.clone() };
-        Self::new(messages, self.behind, acks)
+    /// The same batch with only some of its messages, by their places; the others count as finished with
+    /// it.
+    pub(crate) fn only(&self, kept: &[usize]) -> Self {
+        let messages = kept.iter().map(|n| self.messages[*n].clone()).collect();
+        let serials = kept.iter().map(|n| self.acks.serials[*n]).collect();
+        let left_out = (0..self.len()).filter(|n| kept.binary_search(n).is_err());
+        let left_out = left_out.map(|n| self.acks.serials[n]);
+        let left_out = left_out.chain(self.acks.left_out.iter().copied()).collect();
+        Self::new(messages, self.behind, Acks { serials, left_out, ..self.acks.clone() })
     }
 
     /// Takes over to say when each message is finished: one [`Ack`] for each, in the order of the
@@ -182,19 +200,21 @@ impl Batch {
     /// any order, from any task. The checkpoint stays before the first message that is not acknowledged,
     /// and reading waits while too many are not.
     pub fn ack_later(&self) -> Vec<Ack> {
-        self.acks.taken.store(true, Ordering::Release);
-        self.acks.serials.iter().map(|serial| Ack::new(*serial, self.acks.to.clone())).collect()
+        self.acks.asked.acks.store(true, Ordering::Release);
+        let ack = |serial: &u64| Ack::new(*serial, self.acks.to.clone());
+        self.acks.left_out.iter().map(ack).for_each(Ack::ack);
+        self.acks.serials.iter().map(ack).collect()
     }
 
     /// Asks for a checkpoint as soon as this batch is finished, instead of at the next interval. With
     /// [`checkpoint_interval`](crate::WorkerBuilder::checkpoint_interval) set to
     /// [`Duration::MAX`] there is no other, but at the end of the shard, at a hand-over and at a stop.
     pub fn checkpoint_now(&self) {
-        self.checkpoint_wanted.store(true, Ordering::Relaxed);
+        self.acks.asked.checkpoint.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn is_checkpoint_wanted(&self) -> bool {
-        self.checkpoint_wanted.load(Ordering::Relaxed)
+        self.acks.asked.checkpoint.load(Ordering::Relaxed)
     }
 
     /// How far behind the tip of the stream this batch was read, where the server tells.
@@ -217,5 +237,97 @@ impl<'a> IntoIterator for &'a Batch {
 
     fn into_iter(self) -> Self::IntoIter {
         self.messages.iter()
+    }
+}
+
+/// What the tests of the handlers here share.
+#[cfg(test)]
+mod testing {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        ocs::EventSource,
+        record::{Record, ShardName, unpack},
+        shard::SequenceNumber,
+    };
+
+    /// A batch of one record for each partition key and OCS line.
+    pub(super) fn batch(lines: &[(&str, &str)]) -> Batch {
+        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
+        let mut messages = Vec::new();
+        for (n, (key, line)) in lines.iter().enumerate() {
+            let source = EventSource::new((*key).to_owned(), "test", None);
+            let record = Record {
+                sequence_number: SequenceNumber::parse((100 + n).to_string()).expect("a number"),
+                partition_key: (*key).to_owned(),
+                arrived_at: None,
+                data: source.event("2025-07-02T15:00:00Z", line.as_bytes()).json.into(),
+            };
+            unpack(&shard, record, &mut messages, &mut Vec::new());
+        }
+        assert_eq!(messages.len(), lines.len());
+        let acks = Acks::new((0..messages.len() as u64).collect(), mpsc::unbounded_channel().0);
+        Batch::new(messages, None, acks)
+    }
+
+    /// Keeps what it is called with.
+    #[derive(Debug, Default)]
+    pub(super) struct Recorder {
+        pub batches: Vec<Vec<String>>,
+        pub behind: Vec<Option<Duration>>,
+        pub heard: Vec<&'static str>,
+        /// How many batches it refuses first.
+        pub failures: u32,
+    }
+
+    impl Handler for Recorder {
+        type Error = &'static str;
+
+        async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+            if self.failures > 0 {
+                self.failures -= 1;
+                return Err("as told");
+            }
+            self.batches.push(batch.iter().map(|message| message.raw().to_owned()).collect());
+            self.behind.push(batch.behind());
+            Ok(())
+        }
+
+        async fn started(&mut self, _: &Tenure) {
+            self.heard.push("started");
+        }
+
+        async fn ended(&mut self) {
+            self.heard.push("ended");
+        }
+
+        async fn lost(&mut self) {
+            self.heard.push("lost");
+        }
+
+        async fn stopping(&mut self, _: StopReason) {
+            self.heard.push("stopping");
+        }
+
+        fn snapshot(&mut self) -> Result<Option<Vec<u8>>, Self::Error> {
+            self.heard.push("snapshot");
+            Ok(None)
+        }
+
+        fn restore(&mut self, _: &[u8]) -> Result<(), Self::Error> {
+            self.heard.push("restore");
+            Ok(())
+        }
+    }
+
+    /// Calls everything but `handle`.
+    pub(super) async fn hear_everything(handler: &mut impl Handler) {
+        let tenure = Tenure { shard: "shardId-0".into(), lease_counter: 1, owner_switches: 0 };
+        handler.started(&tenure).await;
+        handler.ended().await;
+        handler.lost().await;
+        handler.stopping(StopReason::Shutdown).await;
+        let _ = (handler.snapshot(), handler.restore(&[]));
     }
 }

@@ -272,7 +272,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 }
                 of_this
             }) {}
-            batch.acks.taken.store(false, Ordering::Release);
+            batch.acks.take_back();
             let failure = Failure { attempts, cause };
             if self.stop.is_cancelled() {
                 let first = batch.first().map_or("", |m| m.sequence_number().as_str());

@@ -550,7 +550,7 @@ where
 
     /// Looks for shards that do not get on.
     fn watch(&mut self) {
-        let Settings { watchdog: limit, on_stuck, .. } = &self.worker.settings;
+        let Settings { watchdog: limit, on_stuck, retries, .. } = &self.worker.settings;
         let now = Instant::now();
         for shard in self.shards.values_mut() {
             let doing = shard.activity.now();
@@ -560,6 +560,9 @@ where
                 Finding::Stuck => {
                     self.counters.stuck.fetch_add(1, Ordering::Relaxed);
                     let secs = now.saturating_duration_since(doing.since).as_secs();
+                    // A handler without a time limit may wait for ever, such as for its reader.
+                    let handler_may = waits_for == Step::Handles && retries.time_limit.is_none();
+                    let on_stuck = if handler_may { OnStuck::Report } else { *on_stuck };
                     let next = match on_stuck {
                         OnStuck::Restart => "it is started again from its last checkpoint",
                         OnStuck::Release => "its lease is released for another worker",
@@ -571,7 +574,7 @@ where
                     );
                     let text = format!("no progress for {secs} s, waiting for {waits_for}");
                     shard.held.note_trouble(text, Timestamp::now(), false);
-                    if *on_stuck != OnStuck::Report {
+                    if on_stuck != OnStuck::Report {
                         shard.task.abort();
                         shard.watched.aborted(now);
                     }

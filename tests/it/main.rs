@@ -3,10 +3,12 @@
 mod consume;
 mod demo;
 mod errors;
+mod failure;
 mod fleet;
 mod generate;
 mod local;
 mod produce;
+mod sequence_monitor;
 mod simulation;
 mod status;
 mod streams;
