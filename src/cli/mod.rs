@@ -10,6 +10,7 @@ mod lease;
 #[cfg(feature = "local")]
 mod local;
 mod produce;
+mod schema;
 mod signals;
 mod status;
 mod values;
@@ -97,6 +98,8 @@ enum Command {
     Lease(lease::Lease),
     /// Send realistic OCS traffic to a TCP port
     Generate(generate::Generate),
+    /// Print the JSON Schema of an event type
+    Schema(schema::Schema),
 }
 
 /// What a command gives to `main`: its error is one line for the person who reads the log.
@@ -148,6 +151,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
+        Command::Schema(schema) => schema.run(),
     }
 }
 

@@ -7,8 +7,8 @@ use clap::{ValueEnum, builder::PossibleValue};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
-    OnFailure, OnStuck, PartitionKey, Retrieval, SequenceNumber, StartPosition, feed::Format,
-    ocs::generate::Profile,
+    Encoding, OnFailure, OnStuck, PartitionKey, Retrieval, SequenceNumber, Spool, StartPosition,
+    feed::Format, ocs::generate::Profile,
 };
 
 /// A length of time such as `500ms`, `10s` or `1h30m`.
@@ -21,6 +21,52 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
             "write a length of time from 1ms to a year with its unit, such as 500ms, 10s or 5m"
                 .to_owned()
         })
+}
+
+/// A length of time that may be none, up to an hour.
+pub(super) fn delay(text: &str) -> Result<Duration, String> {
+    text.trim()
+        .parse::<SignedDuration>()
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| *duration <= Duration::from_secs(3600))
+        .ok_or_else(|| {
+            "write a length of time up to 1h with its unit, such as 0s, 200ms or 1s".to_owned()
+        })
+}
+
+/// The delay of a message type, such as `RGPS=200ms`.
+pub(super) fn type_delay(text: &str) -> Result<(String, Duration), String> {
+    let (kind, after) = text.split_once('=').unwrap_or((text, ""));
+    match delay(after) {
+        Ok(delay) if !kind.trim().is_empty() => Ok((kind.trim().to_uppercase(), delay)),
+        _ => Err("write a message type and a length of time, such as RGPS=200ms or TMOV=0s".into()),
+    }
+}
+
+/// Where messages wait: a directory, or `none` for memory.
+pub(super) fn spool(text: &str) -> Result<Spool, String> {
+    Ok(match text {
+        "none" => Spool::Memory,
+        directory => Spool::Directory(directory.into()),
+    })
+}
+
+/// The size of a spool: from 1 MiB, without an upper limit.
+pub(super) fn spool_size_bytes(text: &str) -> Result<u64, String> {
+    text.parse::<ByteSize>()
+        .ok()
+        .map(|size| size.as_u64())
+        .filter(|bytes| *bytes >= crate::SPOOL_LIMIT_MIN_BYTES)
+        .ok_or_else(|| "write a size from 1MiB, such as 256MiB or 4GiB".to_owned())
+}
+
+/// What a stream's record limit may be.
+pub(super) fn record_size_bytes(text: &str) -> Result<u32, String> {
+    size_bytes(text)
+        .ok()
+        .filter(|bytes| (1024 * 1024..=10 * 1024 * 1024).contains(bytes))
+        .ok_or_else(|| "write a size from 1MiB to 10MiB".to_owned())
 }
 
 /// A lease duration: too short to be renewed in time, it would only be lost again and again.
@@ -132,6 +178,13 @@ words!(PartitionKey {
     Connection = "connection" "{local address -> peer address}, readable, as Trike writes it",
 });
 
+words!(Encoding {
+    Array = "array" "a JSON array of CloudEvents, as Trike writes it",
+    Single = "single" "one CloudEvent",
+    Batch = "batch" "one CloudEvent with many messages: com.mbta.ocs.raw_message_batch",
+    Kpl = "kpl" "a KPL aggregate, one CloudEvent in each user record",
+});
+
 words!(Profile {
     Day = "day" "an ordinary stretch of the service day",
     Morning = "morning" "the schedule load at 02:00, then an ordinary day",
@@ -148,6 +201,16 @@ mod tests {
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         for wrong in ["10", "", "-1s", "0s", "soon", "10 parsecs", "1us", "9000h"] {
             assert!(duration(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn delays_may_be_none_and_are_given_by_type() {
+        assert_eq!(delay("0s"), Ok(Duration::ZERO));
+        assert_eq!(type_delay("rgps = 200ms").map(|(kind, _)| kind), Ok("RGPS".to_owned()));
+        assert_eq!(type_delay("TMOV=0s"), Ok(("TMOV".to_owned(), Duration::ZERO)));
+        for wrong in ["", "TMOV", "TMOV=", "=1s", "TMOV=soon", "TMOV=2h"] {
+            assert!(type_delay(wrong).is_err(), "{wrong:?}");
         }
     }
 

@@ -18,6 +18,7 @@
 //! What is not known (types, codes, fields at the end) is kept. What is missing or not what it must be
 //! is an [`OcsError`] for that line alone. Numbers and codes may be padded with spaces.
 
+mod batch;
 mod car;
 mod clock;
 mod event;
@@ -27,9 +28,11 @@ pub mod generate;
 mod message;
 mod movement;
 mod schedule;
+mod schema;
 mod sequence;
 mod service_day;
 
+pub use batch::{BATCH_EVENT_TYPE, BatchMessage, is_raw_message_batch};
 pub use car::{Car, Cars};
 pub use event::{EVENT_TYPE, Event, EventSource, event_time, is_raw_message};
 pub use fields::{Fields, OcsError};
@@ -39,5 +42,6 @@ pub use movement::{HeavyRailMovement, LightRailMovement, Movement, Position, Raw
 pub use schedule::{
     AddType, Consist, Destination, NewTrip, Schedule, TaggedCar, TaggedCars, Tags, TripType,
 };
+pub use schema::event_schema;
 pub use sequence::{SequenceMonitor, SequenceStep, counter};
 pub use service_day::ServiceDay;

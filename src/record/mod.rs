@@ -3,6 +3,8 @@
 //! A record holds one CloudEvent or a JSON array of them. What cannot be decoded is never dropped: it
 //! comes out beside the messages with its place, its bytes and the reason.
 
+#[expect(dead_code, reason = "only its writer is in use")]
+mod aggregate;
 mod message;
 mod unpack;
 
@@ -11,6 +13,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use jiff::Timestamp;
 
+pub(crate) use aggregate::write_aggregate;
 pub use message::Message;
 pub(crate) use unpack::unpack;
 

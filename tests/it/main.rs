@@ -8,6 +8,7 @@ mod fleet;
 mod generate;
 mod local;
 mod produce;
+mod produce_spool;
 mod sequence_monitor;
 mod simulation;
 mod status;
