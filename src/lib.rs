@@ -84,5 +84,6 @@ pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};
 pub use worker::{
-    Load, OnStuck, Report, StartPosition, Worker, WorkerBuilder, WorkerError, shutdown_signal,
+    Load, Messages, OnStuck, Poller, Received, Report, StartPosition, Worker, WorkerBuilder,
+    WorkerError, shutdown_signal,
 };

@@ -7,6 +7,7 @@
 //! ```
 
 mod delivery;
+mod messages;
 mod settings;
 mod shard_task;
 mod signal;
@@ -31,6 +32,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
+pub use messages::{Messages, Poller, Received};
 pub use settings::{Load, StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
 pub use watchdog::OnStuck;

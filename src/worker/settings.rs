@@ -167,6 +167,11 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
+    pub(super) fn without_time_limit(mut self) -> Self {
+        self.settings.retries.time_limit = None;
+        self
+    }
+
     /// Where shards without a checkpoint start. Default: the trim horizon.
     pub fn start(mut self, start: StartPosition) -> Self {
         self.settings.start = start;

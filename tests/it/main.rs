@@ -5,6 +5,7 @@ mod demo;
 mod errors;
 mod failure;
 mod fleet;
+mod fronts;
 mod generate;
 mod local;
 mod produce;
