@@ -69,6 +69,8 @@ pub struct Report {
     pub messages: u64,
     /// Parts of records that are not raw OCS messages; they were written to stderr.
     pub undecodable: u64,
+    /// KPL aggregates that were left out because a user record in them belongs to another shard.
+    pub misplaced: u64,
 }
 
 /// Why a worker could not start, or stopped.
@@ -157,6 +159,7 @@ struct Counters {
     records: AtomicU64,
     messages: AtomicU64,
     undecodable: AtomicU64,
+    misplaced: AtomicU64,
     started: Instant,
     /// When the last record was read or handled, in milliseconds after `started`.
     active_millis: AtomicU64,
@@ -168,6 +171,7 @@ impl Counters {
             records: AtomicU64::new(0),
             messages: AtomicU64::new(0),
             undecodable: AtomicU64::new(0),
+            misplaced: AtomicU64::new(0),
             started: Instant::now(),
             active_millis: AtomicU64::new(0),
         }
@@ -188,6 +192,7 @@ impl Counters {
             records: self.records.load(Ordering::Relaxed),
             messages: self.messages.load(Ordering::Relaxed),
             undecodable: self.undecodable.load(Ordering::Relaxed),
+            misplaced: self.misplaced.load(Ordering::Relaxed),
         }
     }
 }
@@ -301,6 +306,7 @@ where
             records = report.records,
             messages = report.messages,
             undecodable = report.undecodable,
+            misplaced = report.misplaced,
             "worker stopped"
         );
         result.and(stopped).map(|()| report)

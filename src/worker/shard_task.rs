@@ -20,7 +20,7 @@ use crate::{
         dynamodb::LeaseTable,
     },
     record::{ShardName, unpack},
-    shard::{ChildShard, Shard},
+    shard::{ChildShard, SequenceNumber, Shard},
     source::{Place, Prefetch, Read, ShardReader, Stream},
 };
 
@@ -74,6 +74,7 @@ struct Progress {
     finished: Option<Position>,
     stored: bool,
     next_checkpoint: Instant,
+    told_misplaced: bool,
 }
 
 impl ShardTask {
@@ -89,6 +90,7 @@ impl ShardTask {
             },
             stored: true,
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
+            told_misplaced: false,
         };
         async {
             // A task of its own: a handler that blocks its thread must not cost the lease.
@@ -147,8 +149,11 @@ impl ShardTask {
         handler: &mut impl Handler,
         progress: &mut Progress,
     ) -> Outcome {
-        let name =
-            Arc::new(ShardName { stream: self.stream.shared_name(), shard: lease.shard.clone() });
+        let name = Arc::new(ShardName {
+            stream: self.stream.shared_name(),
+            shard: lease.shard.clone(),
+            hash_key_range: lease.hash_key_range,
+        });
         let interrupt = match self.read_on(&lease, &name, handler, progress).await {
             Ok(children) => self.end(children).await.err(),
             Err(interrupt) => Some(interrupt),
@@ -268,30 +273,36 @@ impl ShardTask {
         let mut batch = Batch { messages: Vec::new(), behind: read.behind };
         let mut finished = None;
         for record in read.records.drain(..) {
-            let position = Position {
-                sequence_number: record.sequence_number.clone(),
-                sub_sequence_number: 0,
+            let (number, arrived_at) = (record.sequence_number.clone(), record.arrived_at);
+            // Reading starts at the checkpoint. An aggregate may be finished in part.
+            let checkpoint = match &progress.finished {
+                Some(finished) if number < finished.sequence_number => continue,
+                Some(finished) if number == finished.sequence_number => {
+                    Some(finished.sub_sequence_number)
+                }
+                _ => None,
             };
-            if progress.finished.as_ref().is_some_and(|finished| position <= *finished) {
-                continue; // Reading starts at the checkpoint, which is finished.
-            }
-            let (partition_key, arrived_at) = (record.partition_key.clone(), record.arrived_at);
             let mut undecodable = Vec::new();
-            unpack(name, record, &mut batch.messages, &mut undecodable);
+            let unpacked = unpack(name, record, checkpoint, &mut batch.messages, &mut undecodable);
+            let Some(unpacked) = unpacked else { continue };
+            if unpacked.misplaced {
+                self.note_misplaced(&number, progress);
+            }
             for part in undecodable {
                 self.counters.undecodable.fetch_add(1, Ordering::Relaxed);
                 let place = DeadLetterPlace::Record {
                     stream: &name.stream,
                     shard: name.shard.as_str(),
-                    sequence_number: position.sequence_number.as_str(),
+                    sequence_number: number.as_str(),
                     sub_sequence_number: part.sub_sequence_number,
-                    partition_key: &partition_key,
+                    partition_key: &part.partition_key,
                     arrived_at: arrived_at.map(|at| at.to_string()),
                 };
                 DeadLetter::new(&part.reason, place, &part.data).write().await;
             }
             self.counters.records.fetch_add(1, Ordering::Relaxed);
-            finished = Some(position);
+            let sub_sequence_number = unpacked.sub_sequence_number();
+            finished = Some(Position { sequence_number: number, sub_sequence_number });
         }
         let Some(finished) = finished else { return Ok(()) };
         self.counters.note_activity();
@@ -306,6 +317,19 @@ impl ShardTask {
             self.checkpoint(progress).await?;
         }
         Ok(())
+    }
+
+    /// Notes a KPL aggregate that was left out, and says so once for the shard.
+    fn note_misplaced(&self, number: &SequenceNumber, progress: &mut Progress) {
+        self.counters.misplaced.fetch_add(1, Ordering::Relaxed);
+        if !std::mem::replace(&mut progress.told_misplaced, true) {
+            tracing::warn!(
+                sequence_number = %number,
+                "a KPL aggregate has user records of another shard: left out, as the KCL does. The KPL puts \
+                 them again by itself after a resharding; if another library made it, they are lost: let it \
+                 aggregate by shard, or put records one by one. Said once for this shard"
+            );
+        }
     }
 
     /// Offers a batch until the handler has finished it.
