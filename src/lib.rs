@@ -68,7 +68,7 @@ pub mod lease;
 pub mod local;
 pub mod ocs;
 mod produce;
-mod record;
+pub mod record;
 pub mod shard;
 mod source;
 mod worker;

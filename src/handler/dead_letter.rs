@@ -109,7 +109,7 @@ impl From<&Message> for Place {
             stream: message.stream().to_owned(),
             shard: message.shard().as_str().to_owned(),
             sequence_number: message.sequence_number().clone(),
-            user_record: None,
+            user_record: message.user_record(),
             sub_sequence_number: Some(message.sub_sequence_number()),
             partition_key: message.partition_key().to_owned(),
             arrived_at: message.arrived_at(),

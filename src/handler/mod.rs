@@ -254,7 +254,11 @@ mod testing {
 
     /// A batch of one record for each partition key and OCS line.
     pub(super) fn batch(lines: &[(&str, &str)]) -> Batch {
-        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
+        let shard = Arc::new(ShardName {
+            stream: "s".into(),
+            shard: "shardId-0".into(),
+            hash_key_range: None,
+        });
         let mut messages = Vec::new();
         for (n, (key, line)) in lines.iter().enumerate() {
             let source = EventSource::new((*key).to_owned(), "test", None);
@@ -264,7 +268,7 @@ mod testing {
                 arrived_at: None,
                 data: source.event("2025-07-02T15:00:00Z", line.as_bytes()).json.into(),
             };
-            unpack(&shard, record, &mut messages, &mut Vec::new());
+            unpack(&shard, record, None, &mut messages, &mut Vec::new());
         }
         assert_eq!(messages.len(), lines.len());
         let acks = Acks::new((0..messages.len() as u64).collect(), mpsc::unbounded_channel().0);

@@ -173,7 +173,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
     /// Whether every lease that could be taken was left: there is nothing more to do.
     pub fn all_left(&self) -> bool {
         let mut unfinished = self.snapshot.iter().filter(|lease| !lease.is_finished());
-        self.has_looked() && unfinished.all(|lease| self.left.contains(&lease.shard))
+        !self.left.is_empty() && unfinished.all(|lease| self.left.contains(&lease.shard))
     }
 
     /// From now on takes no more leases than it has, or takes its share again.

@@ -32,27 +32,23 @@ pub struct Event {
 #[derive(Debug, Clone)]
 pub struct EventSource {
     partition_key: String,
-    /// The JSON between the id and the time, the same for every event of the connection.
-    middle: Vec<u8>,
+    pub(super) middle: EventMiddle,
 }
+
+/// The JSON between an event's id and its time: the same for every event of a connection.
+#[derive(Debug, Clone)]
+pub(crate) struct EventMiddle(Vec<u8>);
 
 impl EventSource {
     /// `source` is the CloudEvent's source, a URI reference such as `opstech3.mbta.com/trike`;
     /// `source_ip` is the address of the sending peer.
     pub fn new(partition_key: String, source: &str, source_ip: Option<IpAddr>) -> Self {
         let source_ip = source_ip.map_or(String::new(), |ip| ip.to_canonical().to_string());
-        let mut middle = Vec::new();
-        for (key, value) in [
-            ("partitionkey", partition_key.as_str()),
-            ("source", source),
-            ("sourceip", &source_ip),
-            ("specversion", "1.0"),
-        ] {
-            middle.extend_from_slice(b",\"");
-            middle.extend_from_slice(key.as_bytes());
-            middle.extend_from_slice(b"\":");
-            push_json_string(&mut middle, value);
-        }
+        let middle = EventMiddle::new(
+            Some(&json_string(&partition_key)),
+            source,
+            Some(&json_string(&source_ip)),
+        );
         Self { partition_key, middle }
     }
 
@@ -66,35 +62,102 @@ impl EventSource {
     /// The bytes are those of Trike, MBTA's producer. A message that is not UTF-8 keeps its exact
     /// bytes in `data.raw_base64`, and `data.raw` shows U+FFFD in place of what is not text.
     pub fn event(&self, time: &str, raw: &[u8]) -> Event {
-        let mut hash = Sha1::new();
-        hash.update(time);
-        hash.update(raw);
-        let id = BASE64_STANDARD.encode(hash.finalize());
-
-        let mut json = Vec::with_capacity(raw.len() + self.middle.len() + 160);
-        json.extend_from_slice(b"{\"data\":{\"raw\":");
-        match String::from_utf8_lossy(raw) {
-            Cow::Borrowed(text) => push_json_string(&mut json, text),
-            Cow::Owned(text) => {
-                push_json_string(&mut json, &text);
-                json.extend_from_slice(b",\"raw_base64\":");
-                push_json_string(&mut json, &BASE64_STANDARD.encode(raw));
-            }
-        }
-        json.extend_from_slice(b"},\"id\":");
-        push_json_string(&mut json, &id);
-        json.extend_from_slice(&self.middle);
-        json.extend_from_slice(b",\"time\":");
-        push_json_string(&mut json, time);
-        json.extend_from_slice(b",\"type\":");
-        push_json_string(&mut json, EVENT_TYPE);
-        json.push(b'}');
-        Event { id, json }
+        let id = event_id(time, raw);
+        let raw = RawText::new(raw);
+        Event { json: self.middle.event(&raw.text, raw.base64.as_deref(), &id, time), id }
     }
 }
 
+impl EventMiddle {
+    /// The partition key and the address are JSON already; what is `None` is left out.
+    pub(crate) fn new(
+        partition_key: Option<&[u8]>,
+        source: &str,
+        source_ip: Option<&[u8]>,
+    ) -> Self {
+        let mut json = Vec::new();
+        for (key, value) in [
+            (",\"partitionkey\":", partition_key),
+            (",\"source\":", Some(&*json_string(source))),
+            (",\"sourceip\":", source_ip),
+            (",\"specversion\":", Some(b"\"1.0\"")),
+        ] {
+            let Some(value) = value else { continue };
+            json.extend_from_slice(key.as_bytes());
+            json.extend_from_slice(value);
+        }
+        Self(json)
+    }
+
+    /// The whole event for one message.
+    pub(crate) fn event(
+        &self,
+        raw: &str,
+        raw_base64: Option<&str>,
+        id: &str,
+        time: &str,
+    ) -> Vec<u8> {
+        let mut json = Vec::with_capacity(raw.len() + self.0.len() + 160);
+        json.extend_from_slice(b"{\"data\":{");
+        push_raw(&mut json, raw, raw_base64);
+        json.push(b'}');
+        self.finish(json, id, time, EVENT_TYPE)
+    }
+
+    /// Adds to an event's `data` all that follows it.
+    pub(super) fn finish(&self, mut json: Vec<u8>, id: &str, time: &str, kind: &str) -> Vec<u8> {
+        json.extend_from_slice(b",\"id\":");
+        push_json_string(&mut json, id);
+        json.extend_from_slice(&self.0);
+        json.extend_from_slice(b",\"time\":");
+        push_json_string(&mut json, time);
+        json.extend_from_slice(b",\"type\":");
+        push_json_string(&mut json, kind);
+        json.push(b'}');
+        json
+    }
+}
+
+/// Base64 of the SHA-1 over the time as printed, followed directly by the raw bytes.
+pub(super) fn event_id(time: &str, raw: &[u8]) -> String {
+    let mut hash = Sha1::new();
+    hash.update(time);
+    hash.update(raw);
+    BASE64_STANDARD.encode(hash.finalize())
+}
+
+/// The bytes of a message as JSON can carry them: as text, and beside it in Base64 where the text
+/// cannot be exact.
+pub(super) struct RawText<'a> {
+    pub text: Cow<'a, str>,
+    pub base64: Option<String>,
+}
+
+impl<'a> RawText<'a> {
+    pub(super) fn new(raw: &'a [u8]) -> Self {
+        let text = String::from_utf8_lossy(raw);
+        let base64 = matches!(text, Cow::Owned(_)).then(|| BASE64_STANDARD.encode(raw));
+        Self { text, base64 }
+    }
+}
+
+pub(super) fn push_raw(json: &mut Vec<u8>, raw: &str, raw_base64: Option<&str>) {
+    json.extend_from_slice(b"\"raw\":");
+    push_json_string(json, raw);
+    if let Some(raw_base64) = raw_base64 {
+        json.extend_from_slice(b",\"raw_base64\":");
+        push_json_string(json, raw_base64);
+    }
+}
+
+fn json_string(text: &str) -> Vec<u8> {
+    let mut json = Vec::with_capacity(text.len() + 2);
+    push_json_string(&mut json, text);
+    json
+}
+
 /// Escapes as Trike's encoder does; serde_json differs in the case of `\u00XX`.
-fn push_json_string(json: &mut Vec<u8>, text: &str) {
+pub(super) fn push_json_string(json: &mut Vec<u8>, text: &str) {
     json.push(b'"');
     for &byte in text.as_bytes() {
         match byte {

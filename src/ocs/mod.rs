@@ -18,6 +18,7 @@
 //! What is not known (types, codes, fields at the end) is kept. What is missing or not what it must be
 //! is an [`OcsError`] for that line alone. Numbers and codes may be padded with spaces.
 
+mod batch;
 mod car;
 mod clock;
 mod event;
@@ -30,7 +31,9 @@ mod schedule;
 mod sequence;
 mod service_day;
 
+pub use batch::{BATCH_EVENT_TYPE, BatchMessage, is_raw_message_batch};
 pub use car::{Car, Cars};
+pub(crate) use event::EventMiddle;
 pub use event::{EVENT_TYPE, Event, EventSource, event_time, is_raw_message};
 pub use fields::{Fields, OcsError};
 pub use frame::{EOT, Frame, Framer};

@@ -90,6 +90,8 @@ pub struct Report {
     pub skipped: u64,
     /// How often a shard was found not to get on.
     pub stuck: u64,
+    /// KPL aggregates that were left out because a user record in them belongs to another shard.
+    pub misplaced: u64,
 }
 
 /// Why a worker could not start, or stopped.
@@ -208,6 +210,7 @@ struct Counters {
     dead_letters: AtomicU64,
     skipped: AtomicU64,
     stuck: AtomicU64,
+    misplaced: AtomicU64,
     started: Instant,
     /// When the last record was read or handled, in milliseconds after `started`.
     active_millis: AtomicU64,
@@ -223,6 +226,7 @@ impl Counters {
             dead_letters: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
             stuck: AtomicU64::new(0),
+            misplaced: AtomicU64::new(0),
             started: Instant::now(),
             active_millis: AtomicU64::new(0),
         }
@@ -247,6 +251,7 @@ impl Counters {
             dead_letters: self.dead_letters.load(Ordering::Relaxed),
             skipped: self.skipped.load(Ordering::Relaxed),
             stuck: self.stuck.load(Ordering::Relaxed),
+            misplaced: self.misplaced.load(Ordering::Relaxed),
         }
     }
 }
@@ -379,6 +384,7 @@ where
             dead_letters = report.dead_letters,
             skipped = report.skipped,
             stuck = report.stuck,
+            misplaced = report.misplaced,
             "worker stopped"
         );
         result.and(stopped).map(|()| report)

@@ -26,7 +26,7 @@ use crate::{
         self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, whole_millis,
     },
     record::{ShardName, unpack},
-    shard::{ChildShard, Shard},
+    shard::{ChildShard, SequenceNumber, Shard},
     source::{Failing, Place, Prefetch, Read, ShardReader, Stream},
 };
 
@@ -88,6 +88,7 @@ struct Progress {
     /// stored.
     stored: Option<Position>,
     next_checkpoint: Instant,
+    told_misplaced: bool,
 }
 
 impl<S: LeaseStore> ShardTask<S> {
@@ -105,6 +106,7 @@ impl<S: LeaseStore> ShardTask<S> {
                 _ => None,
             },
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
+            told_misplaced: false,
         };
         let mut delivery = Delivery::new(
             handler,
@@ -176,6 +178,7 @@ impl<S: LeaseStore> ShardTask<S> {
         let name = Arc::new(ShardName {
             stream: self.stream.shared_name(),
             shard: lease.shard.name().into(),
+            hash_key_range: lease.hash_key_range,
         });
         let interrupt = match self.read_on(&lease, &name, delivery, progress).await {
             Ok(children) => self.end(children).await.err(),
@@ -362,26 +365,31 @@ impl<S: LeaseStore> ShardTask<S> {
         let (mut messages, mut letters) = (Vec::new(), Vec::new());
         let mut read_to = None;
         for record in read.records.drain(..) {
-            let position = Position {
-                sequence_number: record.sequence_number.clone(),
-                sub_sequence_number: 0,
+            let (number, arrived_at) = (record.sequence_number.clone(), record.arrived_at);
+            // Reading starts at the checkpoint. An aggregate may be finished in part.
+            let checkpoint = match &progress.stored {
+                Some(finished) if number < finished.sequence_number => continue,
+                Some(finished) if number == finished.sequence_number => {
+                    Some(finished.sub_sequence_number)
+                }
+                _ => None,
             };
-            if progress.stored.as_ref().is_some_and(|finished| position <= *finished) {
-                continue; // Reading starts at the checkpoint, which is finished.
-            }
-            let (partition_key, arrived_at) = (record.partition_key.clone(), record.arrived_at);
             let mut undecodable = Vec::new();
-            unpack(name, record, &mut messages, &mut undecodable);
+            let unpacked = unpack(name, record, checkpoint, &mut messages, &mut undecodable);
+            let Some(unpacked) = unpacked else { continue };
+            if unpacked.misplaced {
+                self.note_misplaced(&number, progress);
+            }
             letters.extend(undecodable.into_iter().map(|part| DeadLetter {
                 kind: Kind::Undecodable,
                 reason: part.reason,
                 place: DeadLetterPlace::Record(RecordPlace {
                     stream: name.stream.to_string(),
                     shard: name.shard.as_str().to_owned(),
-                    sequence_number: position.sequence_number.clone(),
-                    user_record: None,
+                    sequence_number: number.clone(),
+                    user_record: part.user_record,
                     sub_sequence_number: part.sub_sequence_number,
-                    partition_key: partition_key.clone(),
+                    partition_key: part.partition_key,
                     arrived_at,
                 }),
                 attempts: 0,
@@ -391,7 +399,8 @@ impl<S: LeaseStore> ShardTask<S> {
                 data: part.data,
             }));
             self.counters.records.fetch_add(1, Ordering::Relaxed);
-            read_to = Some(position);
+            let sub_sequence_number = unpacked.sub_sequence_number();
+            read_to = Some(Position { sequence_number: number, sub_sequence_number });
         }
         if let Some(read_to) = read_to {
             self.counters.note_activity();
@@ -408,6 +417,19 @@ impl<S: LeaseStore> ShardTask<S> {
         match window_end {
             Some(_) => Err(Interrupt::WindowEnd),
             None => Ok(()),
+        }
+    }
+
+    /// Notes a KPL aggregate that was left out, and says so once for the shard.
+    fn note_misplaced(&self, number: &SequenceNumber, progress: &mut Progress) {
+        self.counters.misplaced.fetch_add(1, Ordering::Relaxed);
+        if !std::mem::replace(&mut progress.told_misplaced, true) {
+            tracing::warn!(
+                sequence_number = %number,
+                "a KPL aggregate has user records of another shard: left out, as the KCL does. The KPL puts \
+                 them again by itself after a resharding; if another library made it, they are lost: let it \
+                 aggregate by shard, or put records one by one. Said once for this shard"
+            );
         }
     }
 

@@ -194,7 +194,15 @@ impl Running {
 
     /// Waits until stderr contains `text`.
     pub fn wait_for_log(&self, text: &str) {
-        wait_for(&format!("{text:?} on stderr"), || self.stderr().contains(text).then_some(()));
+        let give_up = Instant::now() + LIMIT;
+        while !self.stderr().contains(text) {
+            assert!(
+                Instant::now() < give_up,
+                "waited {LIMIT:?} in vain for {text:?} on stderr, which has:\n{}",
+                self.stderr()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     pub fn kill(&mut self) {
