@@ -252,7 +252,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let worker = || self.settings.worker.clone();
         match action {
             Action::Take(lease) | Action::Force(lease) => {
-                let taken = self.store.update(lease, &Change::Take { worker: worker() }).await?;
+                let taken = self
+                    .store
+                    .update(&mut lease.clone(), &Change::Take { worker: worker() })
+                    .await?;
                 tracing::info!(
                     shard = %taken.shard, counter = taken.counter, checkpoint = %taken.checkpoint,
                     from = lease.reader().unwrap_or("nobody"), "lease taken"
@@ -260,7 +263,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 Ok(Some(taken))
             }
             Action::Ask(lease) => {
-                let asked = self.store.update(lease, &Change::Ask { worker: worker() }).await?;
+                let asked = self
+                    .store
+                    .update(&mut lease.clone(), &Change::Ask { worker: worker() })
+                    .await?;
                 tracing::info!(
                     shard = %asked.shard, reader = asked.reader().unwrap_or("nobody"),
                     "asked for a lease, to balance the load"
@@ -272,11 +278,13 @@ impl<S: LeaseStore> LeaseLoop<S> {
                     shard = %lease.shard, reader = lease.reader().unwrap_or("nobody"),
                     "lease taken from a worker that does not renew it, for another one"
                 );
-                self.store.update(lease, &Change::Free).await.map(Some)
+                self.store.update(&mut lease.clone(), &Change::Free).await.map(Some)
             }
-            Action::LetGo(lease) => {
-                self.store.update(lease, &Change::Release { checkpoint: None }).await.map(Some)
-            }
+            Action::LetGo(lease) => self
+                .store
+                .update(&mut lease.clone(), &Change::Release { checkpoint: None })
+                .await
+                .map(Some),
             Action::Delete(lease) => {
                 tracing::info!(shard = %lease.shard, "finished lease deleted");
                 self.store.delete(lease).await.map(|()| None)

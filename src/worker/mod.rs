@@ -32,7 +32,6 @@ pub use settings::{StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
 
 use crate::{
-    aws::AwsErrorKind,
     handler::Handler,
     lease::{
         self, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked, dynamodb::LeaseTable,
@@ -197,10 +196,16 @@ impl WorkerError {
     fn is_final(&self) -> bool {
         match self {
             Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
-            Self::Lease(LeaseError::Outlived { .. }) => true,
-            Self::Lease(LeaseError::Table { source, .. }) => {
-                source.kind() == AwsErrorKind::NotFound
-            }
+            Self::Lease(LeaseError::Outlived { .. } | LeaseError::NoTable { .. }) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether waiting may help although nothing worked yet: the set-up is right, but AWS is away or busy.
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Source(error) => error.is_transient(),
+            Self::Lease(LeaseError::Table { source, .. }) => source.is_transient(),
             _ => false,
         }
     }
@@ -342,7 +347,9 @@ where
                 (again_at, error.map(WorkerError::from))
             }
             // What never worked is a mistake in the set-up. What worked once may work again.
-            Err(error) if !had_looked || error.is_final() => return Err(error),
+            Err(error) if error.is_final() || !(had_looked || error.is_transient()) => {
+                return Err(error);
+            }
             Err(error) => (Instant::now() + LOOK_AGAIN, Some(error)),
         };
         match &error {

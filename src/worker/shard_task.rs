@@ -73,6 +73,8 @@ struct Progress {
     /// The last finished record, in this run or by the checkpoint.
     finished: Option<Position>,
     stored: bool,
+    /// Whether the last attempt to store it failed, so that an outage is told once.
+    failing: bool,
     next_checkpoint: Instant,
 }
 
@@ -88,6 +90,7 @@ impl ShardTask {
                 _ => None,
             },
             stored: true,
+            failing: false,
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
         };
         async {
@@ -353,11 +356,16 @@ impl ShardTask {
         match self.held.write(&Change::Checkpoint { checkpoint }).await {
             Ok(()) => {
                 progress.stored = true;
+                if std::mem::take(&mut progress.failing) {
+                    tracing::info!("checkpoint stored again");
+                }
                 Ok(())
             }
             Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }) => Err(Interrupt::Lost),
             Err(error) => {
-                tracing::warn!("checkpoint not stored: {error}; trying again");
+                if !std::mem::replace(&mut progress.failing, true) {
+                    tracing::warn!("checkpoint not stored: {error}; trying again");
+                }
                 Ok(())
             }
         }
