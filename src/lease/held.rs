@@ -267,51 +267,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        aws::{AwsError, AwsErrorKind},
-        checkpoint::Checkpoint,
-        lease::MemoryTable,
-        shard::{Shard, ShardId},
-    };
-
-    /// A table whose next answer gets lost after the write.
-    #[derive(Clone, Default)]
-    struct Deaf(MemoryTable, Arc<AtomicBool>);
-
-    impl LeaseStore for Deaf {
-        fn name(&self) -> &str {
-            "deaf"
-        }
-
-        async fn scan(&self) -> Result<Vec<Lease>, LeaseError> {
-            self.0.scan().await
-        }
-
-        async fn get(&self, shard: &ShardId) -> Result<Option<Lease>, LeaseError> {
-            self.0.get(shard).await
-        }
-
-        async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
-            self.0.create(lease).await
-        }
-
-        async fn update(&self, seen: &mut Lease, change: &Change) -> Result<Lease, LeaseError> {
-            let written = self.0.update(seen, change).await;
-            if self.1.swap(false, Ordering::SeqCst) {
-                let source = AwsError::new("dynamodb:UpdateItem", AwsErrorKind::Unreachable, "");
-                return Err(LeaseError::Table { table: "deaf".into(), source });
-            }
-            written
-        }
-
-        async fn delete(&self, seen: &Lease) -> Result<(), LeaseError> {
-            self.0.delete(seen).await
-        }
-
-        async fn ring(&self, shard: &ShardId) -> Result<(), LeaseError> {
-            self.0.ring(shard).await
-        }
-    }
+    use crate::{checkpoint::Checkpoint, lease::deaf::Deaf, shard::Shard};
 
     async fn taken_from(store: &Deaf) -> HeldLease<Deaf> {
         let shard = Shard {
@@ -336,11 +292,11 @@ mod tests {
         let checkpoint =
             |number| Change::Checkpoint { checkpoint: Checkpoint::parse(number, 0).expect("one") };
         for unheard in [Change::Renew, checkpoint("1"), Change::Renew, checkpoint("2")] {
-            store.1.store(true, Ordering::SeqCst);
+            store.lose_next_answer();
             assert!(held.write(&unheard).await.is_err(), "written, but not heard of");
         }
         held.write(&Change::Renew).await.expect("still ours");
-        assert_eq!(held.lease().await, store.0.rows()[0]);
+        assert_eq!(held.lease().await, store.table.rows()[0]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -350,7 +306,7 @@ mod tests {
             let store = Deaf::default();
             let held = Arc::new(taken_from(&store).await);
             let keeper = tokio::spawn(held.clone().keep());
-            store.1.store(true, Ordering::SeqCst);
+            store.lose_next_answer();
             assert!(held.write(&change).await.is_err(), "written, but not heard of");
             tokio::time::sleep(Duration::from_secs(6)).await;
             held.write(&change).await.expect("recognised as written");
@@ -364,7 +320,7 @@ mod tests {
         let held = taken_from(&store).await;
 
         tokio::time::advance(Duration::from_secs(4)).await;
-        store.1.store(true, Ordering::SeqCst);
+        store.lose_next_answer();
         assert!(held.write(&Change::Renew).await.is_err(), "written, but not heard of");
         tokio::time::advance(Duration::from_secs(3)).await;
         held.write(&Change::Renew).await.expect("recognised as written");

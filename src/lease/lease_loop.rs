@@ -1,6 +1,10 @@
 //! Carries out the plan: looks at the table, acts by conditional writes, and hands out what it got.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{StreamExt as _, stream};
 use tokio::time::Instant;
@@ -92,6 +96,8 @@ pub struct LeaseLoop<S> {
     settings: Settings,
     held: BTreeMap<ShardId, Arc<HeldLease<S>>>,
     asked: BTreeMap<ShardId, Instant>,
+    /// The leases whose readers it may have overruled without hearing of it.
+    overruled: BTreeSet<ShardId>,
     observed: Observations,
     snapshot: Vec<Lease>,
     /// When the table was last looked at.
@@ -107,6 +113,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             settings,
             held: BTreeMap::new(),
             asked: BTreeMap::new(),
+            overruled: BTreeSet::new(),
             observed: Observations::default(),
             snapshot: Vec::new(),
             looked_at: None,
@@ -160,13 +167,17 @@ impl<S: LeaseStore> LeaseLoop<S> {
         self.snapshot.sort_by(|a, b| a.shard.cmp(&b.shard));
         let now = Instant::now();
         self.observed.see(&self.snapshot, now);
+        let me = &self.settings.worker;
         self.asked.retain(|shard, _| {
-            self.snapshot.iter().any(|lease| {
-                lease.shard == *shard && lease.owner.as_deref() == Some(&self.settings.worker)
-            })
+            let mut snapshot = self.snapshot.iter();
+            snapshot.any(|lease| lease.shard == *shard && lease.owner.as_ref() == Some(me))
         });
-        for lease in &self.snapshot {
-            if lease.checkpoint_owner.as_deref() == Some(&self.settings.worker)
+        self.overruled.retain(|shard| self.asked.contains_key(shard));
+        for lease in self.snapshot.iter().filter(|lease| lease.checkpoint_owner.is_some()) {
+            if lease.owner.as_ref() == Some(me) {
+                // Also what we asked for before a restart: the reader has the time that it always has.
+                self.asked.entry(lease.shard.clone()).or_insert(now);
+            } else if lease.checkpoint_owner.as_ref() == Some(me)
                 && let Some(held) = self.held.get(&lease.shard)
             {
                 held.ask();
@@ -192,12 +203,13 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let mut failed = None;
         for (action, began, result) in results {
             match (action, result) {
-                (Action::Take(_), Ok(Some(lease))) => {
-                    taken.push(self.hold(lease, began, Instant::now()));
-                }
-                (Action::Force(_), Ok(Some(lease))) => {
-                    let usable_from = Instant::now() + self.settings.lease_duration;
-                    taken.push(self.hold(lease, began, usable_from));
+                (action @ (Action::Take(_) | Action::Force(_)), Ok(Some(lease))) => {
+                    // The reader that was overruled may go on until its lease would have run out.
+                    let overruled =
+                        matches!(action, Action::Force(_)) || self.overruled.remove(&lease.shard);
+                    let wait =
+                        if overruled { self.settings.lease_duration } else { Duration::ZERO };
+                    taken.push(self.hold(lease, began, Instant::now() + wait));
                 }
                 (Action::Ask(_), Ok(Some(lease))) => {
                     self.asked.insert(lease.shard, now);
@@ -205,6 +217,9 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 // Another worker was faster.
                 (_, Ok(_) | Err(LeaseError::Lost { .. } | LeaseError::Gone { .. })) => {}
                 (action, Err(error)) => {
+                    if let Action::Force(lease) = &action {
+                        self.overruled.insert(lease.shard.clone());
+                    }
                     if let Action::Take(lease) | Action::Force(lease) | Action::Ask(lease) = action
                     {
                         // It may have been written all the same: then the row will name us.
@@ -311,5 +326,87 @@ impl<S: LeaseStore> LeaseLoop<S> {
             Some(row) => self.store.ring(row).await,
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::Checkpoint,
+        lease::{MemoryTable, deaf::Deaf},
+    };
+
+    fn settings(worker: &str) -> Settings {
+        Settings {
+            worker: worker.to_owned(),
+            max_leases: usize::MAX,
+            lease_duration: Duration::from_secs(10),
+            hand_over_limit: Duration::from_secs(30),
+            finished_kept_for: FINISHED_KEPT_FOR,
+            seed: 1,
+        }
+    }
+
+    /// A table with one lease that `reader` has and `asker` asked for.
+    async fn asked() -> (MemoryTable, Lease) {
+        let shard = Shard {
+            id: "1".into(),
+            parents: Vec::new(),
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
+        let table = MemoryTable::default();
+        let mut lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
+        table.create(&lease).await.expect("a lease");
+        for change in
+            [Change::Take { worker: "reader".into() }, Change::Ask { worker: "asker".into() }]
+        {
+            lease = table.update(&mut lease, &change).await.expect("written");
+        }
+        (table, lease)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p1_what_was_asked_for_before_a_restart_is_taken_when_the_reader_lets_go() {
+        let (table, mut lease) = asked().await;
+        let mut asker = LeaseLoop::new(table.clone(), settings("asker"));
+        assert!(asker.look(None).await.expect("a look").taken.is_empty());
+        let release = Change::Release { checkpoint: None };
+        table.update(&mut lease, &release).await.expect("released");
+        assert_eq!(asker.look(None).await.expect("a look").taken.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p1_what_was_asked_for_before_a_restart_is_taken_from_a_reader_that_lives_but_does_not_let_go()
+     {
+        let (table, mut lease) = asked().await;
+        let mut asker = LeaseLoop::new(table.clone(), settings("asker"));
+        for _ in 0..31 {
+            assert!(asker.look(None).await.expect("a look").taken.is_empty());
+            lease = table.update(&mut lease, &Change::Renew).await.expect("renewed");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(asker.look(None).await.expect("a look").taken.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p4_a_reader_is_waited_for_although_the_answer_to_overruling_it_was_lost() {
+        let (table, mut lease) = asked().await;
+        let deaf = Deaf::new(table.clone());
+        let mut asker = LeaseLoop::new(deaf.clone(), settings("asker"));
+        for _ in 0..31 {
+            asker.look(None).await.expect("a look");
+            lease = table.update(&mut lease, &Change::Renew).await.expect("renewed");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        deaf.lose_next_answer();
+        let unheard = asker.look(None).await.expect("a look");
+        assert!(unheard.error.is_some() && unheard.taken.is_empty());
+        let taken = asker.look(None).await.expect("a look").taken;
+        let began = Instant::now();
+        taken[0].usable().await;
+        assert!(began.elapsed() >= settings("asker").lease_duration);
     }
 }

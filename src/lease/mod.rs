@@ -4,6 +4,8 @@
 //! stop and a Tramline fleet go on from its table, or the reverse. Every write carries the counter
 //! that it saw and raises it by one, so of two writers one is refused.
 
+#[cfg(test)]
+mod deaf;
 pub mod dynamodb;
 mod held;
 mod lease_loop;
