@@ -256,7 +256,7 @@ impl ShardReader {
                     };
                     continue;
                 }
-                Link::Subscription(subscription) => subscription.next().await?,
+                Link::Subscription(subscription) => subscription.next(&self.stream).await?,
                 Link::Iterator(iterator) => iterator.next(&self.stream).await?,
             };
             match linked {

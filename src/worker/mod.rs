@@ -340,11 +340,11 @@ where
         let had_looked = self.leases.has_looked();
         let span = tracing::info_span!("worker", stream = self.worker.stream.name());
         let (again_at, error) = match self.try_look().instrument(span).await {
-            Ok(Looked { again_at, error, taken }) => {
-                for held in taken {
+            Ok((looked, error)) => {
+                for held in looked.taken {
                     self.start(held).await;
                 }
-                (again_at, error.map(WorkerError::from))
+                (looked.again_at, error)
             }
             // What never worked is a mistake in the set-up. What worked once may work again.
             Err(error) if error.is_final() || !(had_looked || error.is_transient()) => {
@@ -364,15 +364,28 @@ where
         Ok(again_at)
     }
 
-    async fn try_look(&mut self) -> Result<Looked<LeaseTable>, WorkerError> {
+    /// Looks, and tells what went wrong without making the look useless.
+    async fn try_look(&mut self) -> Result<(Looked<LeaseTable>, Option<WorkerError>), WorkerError> {
         // A worker that only watches the bell leaves discovery to those that watch the table.
-        if self.leases.watches_bell() || self.discover_at.is_some_and(|at| Instant::now() < at) {
-            return Ok(self.leases.look(None).await?);
+        let due = self.discover_at.is_none_or(|at| Instant::now() >= at);
+        let listed = if due && !self.leases.watches_bell() {
+            Some(self.worker.stream.shards().await.map_err(WorkerError::from))
+        } else {
+            None
+        };
+        let (listed, unlisted) = match listed.transpose() {
+            Ok(listed) => (listed, None),
+            // The leases that exist can be taken and handed over all the same.
+            Err(error) if self.leases.has_looked() && !error.is_final() => (None, Some(error)),
+            Err(error) => return Err(error),
+        };
+        let discovered = listed.as_deref().map(|listed| (listed, self.initial));
+        let mut looked = self.leases.look(discovered).await?;
+        if listed.is_some() {
+            self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
         }
-        let listed = self.worker.stream.shards().await?;
-        let looked = self.leases.look(Some((&listed, self.initial))).await?;
-        self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
-        Ok(looked)
+        let error = looked.error.take().map(WorkerError::from);
+        Ok((looked, unlisted.or(error)))
     }
 
     async fn start(&mut self, held: Arc<HeldLease<LeaseTable>>) {

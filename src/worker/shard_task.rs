@@ -24,6 +24,8 @@ use crate::{
     source::{Place, Prefetch, Read, ShardReader, Stream},
 };
 
+/// How often a lasting failure is told again.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 /// How often a batch is offered to the handler before the worker gives up.
 const HANDLER_ATTEMPTS: u32 = 5;
 
@@ -381,13 +383,29 @@ impl ShardTask {
     /// Gives the following shards their leases, and then marks this one finished: in this order, so
     /// that a crash between the two repeats the first and loses nothing.
     async fn end(&self, children: Vec<ChildShard>) -> Result<(), Interrupt> {
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
-        while let Err(error) = self.create_children(&children).await {
-            tracing::warn!("{error}; trying again while the lease is ours");
-            tokio::time::sleep(backoff.next_wait()).await;
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(Interrupt::Stopped),
+            () = self.held.asked() => return Err(Interrupt::Asked),
+            () = self.create_children_surely(&children) => {}
         }
         let children = children.into_iter().map(|child| child.id).collect();
         Ok(self.held.write_surely(&Change::End { children }).await?)
+    }
+
+    async fn create_children_surely(&self, children: &[ChildShard]) {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut remind_at = Instant::now();
+        while let Err(error) = self.create_children(children).await {
+            if Instant::now() >= remind_at {
+                remind_at = Instant::now() + REMINDER_INTERVAL;
+                tracing::warn!(
+                    "the shard is read to its end, but the shards that follow it have no leases yet: \
+                     {error}; trying again until it works"
+                );
+            }
+            tokio::time::sleep(backoff.next_wait()).await;
+        }
     }
 
     /// Creates the leases that the stream's shards ought to have, those of the children among them. Not
