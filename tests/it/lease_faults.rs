@@ -279,8 +279,7 @@ fn p1_a_lease_table_that_is_deleted_ends_the_workers_with_an_error_that_says_so(
     let workers = ["first", "second"].map(|id| worker(&servers, &proxy, id, &short));
     servers.put_lines(STREAM, "k", &lines(0, 10));
     wait_for_all(&workers.each_ref(), &lines(0, 10));
-    let dynamodb = aws_sdk_dynamodb::Client::new(&servers.local.sdk_config());
-    servers.wait(dynamodb.delete_table().table_name("rtr").send()).expect("a table");
+    servers.wait(servers.dynamodb().delete_table().table_name("rtr").send()).expect("a table");
     for worker in workers {
         let finished = worker.finish();
         assert_eq!(finished.status.code(), Some(1));
@@ -291,8 +290,8 @@ fn p1_a_lease_table_that_is_deleted_ends_the_workers_with_an_error_that_says_so(
 
 /// The checkpoint of the only shard as its row has it.
 fn checkpoint(servers: &Servers) -> String {
-    let dynamodb = aws_sdk_dynamodb::Client::new(&servers.local.sdk_config());
-    let scanned = servers.wait(dynamodb.scan().table_name("rtr").send()).expect("a table");
+    let scanned =
+        servers.wait(servers.dynamodb().scan().table_name("rtr").send()).expect("a table");
     scanned.items()[0]["checkpoint"].as_s().expect("a text").clone()
 }
 

@@ -320,3 +320,34 @@ fn p1_a_stderr_that_nobody_reads_stops_nothing() {
     let log = String::from_utf8_lossy(&log);
     assert!(!log.contains("worker stopped"), "the pipe was not full: {} bytes", log.len());
 }
+
+#[test]
+fn p1_a_clock_that_jumped_back_does_not_hold_up_a_shard_that_starts_at_a_time() {
+    const HOUR_SECS: f64 = 3600.0;
+    let servers = servers();
+    servers.create_stream("clock", 1);
+    let args =
+        ["consume", "--stream", "clock", "--app", "clock", "--start", "2020-01-01T00:00:00Z"];
+    run(servers.tramline(&[&args[..], &["--exit-when-idle", "1s"]].concat())).succeeded();
+    // Written when the clock was right, which is an hour ahead of what it is now.
+    let right = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(59);
+    servers.set_start("clock", "shardId-000000000000", right);
+    servers.put_lines("clock", "k", &lines(0, 10));
+    let proxy = Proxy::start(&servers);
+    let shift = |value: &mut Value, secs: f64| {
+        if let Some(at) = value.as_f64() {
+            *value = json!(at + secs);
+        }
+    };
+    let to_server = move |request: &mut Value| shift(&mut request["Timestamp"], -HOUR_SECS);
+    let from_server = move |answer: &mut Value| {
+        for record in answer["Records"].as_array_mut().into_iter().flatten() {
+            shift(&mut record["ApproximateArrivalTimestamp"], HOUR_SECS);
+        }
+    };
+    proxy.add(Rule::on("GetShardIterator", Fault::EditRequest(Box::new(to_server))));
+    proxy.add(Rule::on("GetRecords", Fault::EditAnswer(Box::new(from_server))));
+    let running = worker(&servers, &proxy, "clock", &["--retrieval", "polling"]);
+    assert_eq!(raws(&running.wait_for_lines(10)), lines(0, 10));
+    running.stop().succeeded();
+}

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt::{self, Display},
     io::{BufRead as _, BufReader, Read as _},
     process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
     sync::{
@@ -12,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_kinesis::{Client, primitives::Blob, types::StreamStatus};
 use tramline::local::{Local, LocalSettings};
 
@@ -19,7 +21,7 @@ use tramline::local::{Local, LocalSettings};
 pub const LIMIT: Duration = Duration::from_secs(90);
 
 /// Waits until `done` gives something; says what for if it never does.
-pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: impl Display, mut done: impl FnMut() -> Option<T>) -> T {
     let give_up = Instant::now() + LIMIT;
     loop {
         if let Some(found) = done() {
@@ -85,13 +87,27 @@ impl Servers {
         self.put(stream, key, format!("[{}]", events.join(",")));
     }
 
+    pub fn dynamodb(&self) -> aws_sdk_dynamodb::Client {
+        aws_sdk_dynamodb::Client::new(&self.local.sdk_config())
+    }
+
     /// Deletes a row of a lease table, as an operator would.
     pub fn delete_lease(&self, table: &str, shard: &str) {
-        let delete = aws_sdk_dynamodb::Client::new(&self.local.sdk_config())
-            .delete_item()
-            .table_name(table)
-            .key("leaseKey", aws_sdk_dynamodb::types::AttributeValue::S(shard.to_owned()));
+        let delete = self.dynamodb().delete_item().table_name(table);
+        let delete = delete.key("leaseKey", AttributeValue::S(shard.to_owned()));
         self.wait(delete.send()).expect("a row to delete");
+    }
+
+    /// Sets the time that goes with the checkpoint `AT_TIMESTAMP`.
+    pub fn set_start(&self, table: &str, shard: &str, at: jiff::Timestamp) {
+        let update = self
+            .dynamodb()
+            .update_item()
+            .table_name(table)
+            .key("leaseKey", AttributeValue::S(shard.to_owned()))
+            .update_expression("SET startAtMillis = :at")
+            .expression_attribute_values(":at", AttributeValue::N(at.as_millisecond().to_string()));
+        self.wait(update.send()).expect("a row to change");
     }
 
     /// The binary, pointed at these servers.
@@ -204,15 +220,21 @@ impl Running {
 
     /// Waits until stdout has `count` lines.
     pub fn wait_for_lines(&self, count: usize) -> Vec<String> {
-        wait_for(&format!("{count} lines on stdout; stderr:\n{}", self.stderr()), || {
+        wait_for(self.told(format!("{count} lines on stdout")), || {
             let stdout = self.stdout();
             (stdout.len() >= count).then_some(stdout)
         })
     }
 
+    /// What is waited for, with what stderr has by then.
+    fn told(&self, what: String) -> impl Display + '_ {
+        fmt::from_fn(move |f| write!(f, "{what}; stderr:\n{}", self.stderr()))
+    }
+
     /// Waits until stderr contains `text`.
     pub fn wait_for_log(&self, text: &str) {
-        wait_for(&format!("{text:?} on stderr"), || self.stderr().contains(text).then_some(()));
+        let logged = || self.stderr().contains(text).then_some(());
+        wait_for(self.told(format!("{text:?} on stderr")), logged);
     }
 
     pub fn kill(&mut self) {
@@ -234,9 +256,9 @@ impl Running {
 
     /// Waits for the exit.
     pub fn finish(mut self) -> Finished {
-        let status = wait_for(&format!("the exit; stderr so far:\n{}", self.stderr()), || {
-            self.child.try_wait().expect("a status")
-        });
+        let (what, stderr) = ("the exit; stderr:", self.stderr.clone());
+        let what = fmt::from_fn(|f| write!(f, "{what}\n{}", stderr.lock().expect("a lock")));
+        let status = wait_for(what, || self.child.try_wait().expect("a status"));
         for reader in self.readers.drain(..) {
             reader.join().expect("the output is read");
         }
