@@ -233,7 +233,11 @@ impl LeaseTable {
     }
 
     fn failed(&self, source: AwsError) -> LeaseError {
-        LeaseError::Table { table: self.name.clone(), source }
+        let table = self.name.clone();
+        match source.kind() {
+            AwsErrorKind::NotFound => LeaseError::NoTable { table },
+            _ => LeaseError::Table { table, source },
+        }
     }
 
     /// Reads a row; `None` if it is not a lease (KCL 3.5 keeps other records in the same table).
@@ -427,10 +431,9 @@ impl LeaseStore for LeaseTable {
         }
     }
 
-    async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
-        let mut seen = seen.clone();
+    async fn update(&self, seen: &mut Lease, change: &Change) -> Result<Lease, LeaseError> {
         loop {
-            let row = match self.write(&seen, change).await? {
+            let row = match self.write(seen, change).await? {
                 Written::As(lease) => return Ok(*lease),
                 Written::Refused(row) => row,
             };
@@ -438,12 +441,12 @@ impl LeaseStore for LeaseTable {
                 Some(row) => self.read_row(&row)?,
                 None => self.get(&seen.shard).await?,
             };
-            match verdict(&seen, change, now) {
+            match verdict(seen, change, now) {
                 Verdict::Landed(lease) => return Ok(lease),
-                Verdict::WriteOver(lease) => seen = lease,
-                Verdict::Gone => return Err(LeaseError::Gone { shard: seen.shard }),
+                Verdict::WriteOver(lease) => *seen = lease,
+                Verdict::Gone => return Err(LeaseError::Gone { shard: seen.shard.clone() }),
                 Verdict::Lost { owner } => {
-                    return Err(LeaseError::Lost { shard: seen.shard, owner });
+                    return Err(LeaseError::Lost { shard: seen.shard.clone(), owner });
                 }
             }
         }

@@ -101,8 +101,8 @@ pub struct LeaseLoop<S> {
     settings: Settings,
     held: BTreeMap<ShardId, Arc<HeldLease<S>>>,
     asked: BTreeMap<ShardId, Instant>,
-    /// Of leases that were taken from a living reader, or may have been: when that one has stopped.
-    usable_from: BTreeMap<ShardId, Instant>,
+    /// The leases whose readers it may have overruled without hearing of it.
+    overruled: BTreeSet<ShardId>,
     /// Leases that were given up, and until when they are left to others.
     given_up: BTreeMap<ShardId, Instant>,
     /// Shards that are not taken again.
@@ -125,7 +125,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             settings,
             held: BTreeMap::new(),
             asked: BTreeMap::new(),
-            usable_from: BTreeMap::new(),
+            overruled: BTreeSet::new(),
             given_up: BTreeMap::new(),
             left: BTreeSet::new(),
             refuses: false,
@@ -216,13 +216,17 @@ impl<S: LeaseStore> LeaseLoop<S> {
         self.observed.see(&self.snapshot, now);
         self.given_up.retain(|_, until| now < *until);
         self.tell_unread(now);
+        let me = &self.settings.worker;
         self.asked.retain(|shard, _| {
-            self.snapshot.iter().any(|lease| {
-                lease.shard == *shard && lease.owner.as_deref() == Some(&self.settings.worker)
-            })
+            let mut snapshot = self.snapshot.iter();
+            snapshot.any(|lease| lease.shard == *shard && lease.owner.as_ref() == Some(me))
         });
-        for lease in &self.snapshot {
-            if lease.checkpoint_owner.as_deref() == Some(&self.settings.worker)
+        self.overruled.retain(|shard| self.asked.contains_key(shard));
+        for lease in self.snapshot.iter().filter(|lease| lease.checkpoint_owner.is_some()) {
+            if lease.owner.as_ref() == Some(me) {
+                // Also what we asked for before a restart: the reader has the time that it always has.
+                self.asked.entry(lease.shard.clone()).or_insert(now);
+            } else if lease.checkpoint_owner.as_ref() == Some(me)
                 && let Some(held) = self.held.get(&lease.shard)
             {
                 held.ask();
@@ -244,21 +248,17 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 .collect()
                 .await;
         self.looked_at = Some(now);
-        // The old reader learns of a forced hand-over at its next renewal at the latest. The write may
-        // have landed although it failed here, so the wait is remembered with the shard.
-        let lease_duration = self.settings.lease_duration;
-        for (action, _, _) in &results {
-            if let Action::Force(lease) = action {
-                self.usable_from.insert(lease.shard.clone(), Instant::now() + lease_duration);
-            }
-        }
-        self.usable_from.retain(|_, from| Instant::now() < *from);
         let mut taken = Vec::new();
         let mut failed = None;
         for (action, began, result) in results {
             match (action, result) {
-                (Action::Take(_) | Action::Force(_), Ok(Some(lease))) => {
-                    taken.push(self.hold(lease, began));
+                (action @ (Action::Take(_) | Action::Force(_)), Ok(Some(lease))) => {
+                    // The reader that was overruled may go on until its lease would have run out.
+                    let overruled =
+                        matches!(action, Action::Force(_)) || self.overruled.remove(&lease.shard);
+                    let wait =
+                        if overruled { self.settings.lease_duration } else { Duration::ZERO };
+                    taken.push(self.hold(lease, began, Instant::now() + wait));
                 }
                 (Action::Ask(_), Ok(Some(lease))) => {
                     self.asked.insert(lease.shard, now);
@@ -266,6 +266,9 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 // Another worker was faster.
                 (_, Ok(_) | Err(LeaseError::Lost { .. } | LeaseError::Gone { .. })) => {}
                 (action, Err(error)) => {
+                    if let Action::Force(lease) = &action {
+                        self.overruled.insert(lease.shard.clone());
+                    }
                     if let Action::Take(lease) | Action::Force(lease) | Action::Ask(lease) = action
                     {
                         // It may have been written all the same: then the row will name us.
@@ -315,10 +318,9 @@ impl<S: LeaseStore> LeaseLoop<S> {
         plan(&self.snapshot, &self.observed, &planner)
     }
 
-    fn hold(&mut self, lease: Lease, taken_at: Instant) -> Arc<HeldLease<S>> {
+    fn hold(&mut self, lease: Lease, taken_at: Instant, usable_from: Instant) -> Arc<HeldLease<S>> {
         let shard = lease.shard.clone();
         self.asked.remove(&shard);
-        let usable_from = self.usable_from.remove(&shard).unwrap_or(taken_at);
         let Settings { lease_duration, seed, .. } = self.settings;
         let store = self.store.clone();
         let held = HeldLease::new(store, lease, taken_at, usable_from, lease_duration, seed);
@@ -332,7 +334,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
         match action {
             Action::Take(lease) | Action::Force(lease) => {
                 let take = Change::Take { worker: worker(), at: (self.settings.wall_clock)() };
-                let taken = self.store.update(lease, &take).await?;
+                let taken = self.store.update(&mut lease.clone(), &take).await?;
                 tracing::info!(
                     shard = %taken.shard, counter = taken.counter, checkpoint = %taken.checkpoint,
                     from = lease.reader().unwrap_or("nobody"), "lease taken"
@@ -340,7 +342,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 Ok(Some(taken))
             }
             Action::Ask(lease) => {
-                let asked = self.store.update(lease, &Change::Ask { worker: worker() }).await?;
+                let asked = self
+                    .store
+                    .update(&mut lease.clone(), &Change::Ask { worker: worker() })
+                    .await?;
                 tracing::info!(
                     shard = %asked.shard, reader = asked.reader().unwrap_or("nobody"),
                     "asked for a lease, to balance the load"
@@ -352,11 +357,13 @@ impl<S: LeaseStore> LeaseLoop<S> {
                     shard = %lease.shard, reader = lease.reader().unwrap_or("nobody"),
                     "lease taken from a worker that does not renew it, for another one"
                 );
-                self.store.update(lease, &Change::Free).await.map(Some)
+                self.store.update(&mut lease.clone(), &Change::Free).await.map(Some)
             }
-            Action::LetGo(lease) => {
-                self.store.update(lease, &Change::Release { checkpoint: None }).await.map(Some)
-            }
+            Action::LetGo(lease) => self
+                .store
+                .update(&mut lease.clone(), &Change::Release { checkpoint: None })
+                .await
+                .map(Some),
             Action::Delete(lease) => {
                 tracing::info!(shard = %lease.shard, "finished lease deleted");
                 self.store.delete(lease).await.map(|()| None)
@@ -383,5 +390,89 @@ impl<S: LeaseStore> LeaseLoop<S> {
             Some(row) => self.store.ring(row).await,
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::Checkpoint,
+        lease::{MemoryTable, deaf::Deaf},
+    };
+
+    fn settings(worker: &str) -> Settings {
+        Settings {
+            worker: worker.to_owned(),
+            max_leases: usize::MAX,
+            lease_duration: Duration::from_secs(10),
+            hand_over_limit: Duration::from_secs(30),
+            finished_kept_for: FINISHED_KEPT_FOR,
+            seed: 1,
+            wall_clock: || Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    /// A table with one lease that `reader` has and `asker` asked for.
+    async fn asked() -> (MemoryTable, Lease) {
+        let shard = Shard {
+            id: "1".into(),
+            parents: Vec::new(),
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
+        let table = MemoryTable::default();
+        let mut lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
+        table.create(&lease).await.expect("a lease");
+        for change in [
+            Change::Take { worker: "reader".into(), at: Timestamp::UNIX_EPOCH },
+            Change::Ask { worker: "asker".into() },
+        ] {
+            lease = table.update(&mut lease, &change).await.expect("written");
+        }
+        (table, lease)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p1_what_was_asked_for_before_a_restart_is_taken_when_the_reader_lets_go() {
+        let (table, mut lease) = asked().await;
+        let mut asker = LeaseLoop::new(table.clone(), settings("asker"));
+        assert!(asker.look(None).await.expect("a look").taken.is_empty());
+        let release = Change::Release { checkpoint: None };
+        table.update(&mut lease, &release).await.expect("released");
+        assert_eq!(asker.look(None).await.expect("a look").taken.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p1_what_was_asked_for_before_a_restart_is_taken_from_a_reader_that_lives_but_does_not_let_go()
+     {
+        let (table, mut lease) = asked().await;
+        let mut asker = LeaseLoop::new(table.clone(), settings("asker"));
+        for _ in 0..31 {
+            assert!(asker.look(None).await.expect("a look").taken.is_empty());
+            lease = table.update(&mut lease, &Change::Renew).await.expect("renewed");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(asker.look(None).await.expect("a look").taken.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p4_a_reader_is_waited_for_although_the_answer_to_overruling_it_was_lost() {
+        let (table, mut lease) = asked().await;
+        let deaf = Deaf::new(table.clone());
+        let mut asker = LeaseLoop::new(deaf.clone(), settings("asker"));
+        for _ in 0..31 {
+            asker.look(None).await.expect("a look");
+            lease = table.update(&mut lease, &Change::Renew).await.expect("renewed");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        deaf.lose_next_answer();
+        let unheard = asker.look(None).await.expect("a look");
+        assert!(unheard.error.is_some() && unheard.taken.is_empty());
+        let taken = asker.look(None).await.expect("a look").taken;
+        let began = Instant::now();
+        taken[0].usable().await;
+        assert!(began.elapsed() >= settings("asker").lease_duration);
     }
 }

@@ -98,7 +98,8 @@ pub struct Planner<'a> {
     pub worker: &'a str,
     /// The shards whose leases it holds.
     pub held: &'a BTreeSet<ShardId>,
-    /// The leases it has asked their readers for, and since when.
+    /// The leases it has asked their readers for, and since when: from before a restart, since its
+    /// first look.
     pub asked: &'a BTreeMap<ShardId, Instant>,
     /// Whether rows that name this worker, but that it does not hold, are its own from before a
     /// restart. Only true for its first look at the table.
@@ -211,11 +212,12 @@ fn own_row(lease: &Lease, observed: &Observations, planner: &Planner<'_>, now: I
         // Asked before a restart, and not reading any more.
         Some(reader) if reader == planner.worker => Own::LetGo,
         Some(_) if owned => {
-            // After a restart the time counts from the first look.
-            let waited = planner.asked.get(&lease.shard).map_or(unmoved, |since| now - *since);
+            let too_long = planner.asked.get(&lease.shard).is_some_and(|since| {
+                now.saturating_duration_since(*since) > planner.hand_over_limit
+            });
             if unmoved > planner.lease_duration {
                 Own::Take
-            } else if waited > planner.hand_over_limit {
+            } else if too_long {
                 Own::Force
             } else {
                 Own::Wait

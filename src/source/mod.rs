@@ -190,7 +190,7 @@ pub(crate) struct ShardReader {
     /// The newest record handed out. Servers may repeat records when asked to go on, never before it.
     delivered: Option<SequenceNumber>,
     link: Link,
-    /// The time that the link was opened at, if it was a time.
+    /// The time that reading starts at, if it is a time.
     from: Option<Timestamp>,
 }
 
@@ -253,23 +253,17 @@ impl ShardReader {
             let linked = match &mut self.link {
                 Link::Closed => {
                     let now = Timestamp::now();
-                    if let Place::Time(from) = self.place
-                        && from > now
-                    {
-                        // Kinesis takes no time that is still to come.
-                        let wait = Duration::try_from(from.duration_since(now)).unwrap_or_default();
-                        tokio::time::sleep(wait.min(Duration::from_secs(1))).await;
-                        return Ok(Read::default());
+                    let mut place = self.place.pin(now);
+                    if let Place::Time(from) = &mut place {
+                        self.from = Some(*from);
+                        // Kinesis takes no time that is still to come. It may have come by its clock, so
+                        // what arrives is looked at, and not our clock.
+                        *from = now.min(*from);
                     }
-                    let place = self.place.pin(now);
                     self.link = self.open(&place).await?;
-                    self.from = match place {
-                        Place::Time(from) => Some(from),
-                        _ => None,
-                    };
                     continue;
                 }
-                Link::Subscription(subscription) => subscription.next().await?,
+                Link::Subscription(subscription) => subscription.next(&self.stream).await?,
                 Link::Iterator(iterator) => iterator.next(&self.stream).await?,
             };
             match linked {

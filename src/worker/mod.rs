@@ -38,7 +38,6 @@ pub use signal::shutdown_signal;
 pub use watchdog::OnStuck;
 
 use crate::{
-    aws::AwsErrorKind,
     handler::{DeadLetterError, DeadLetterStore, Handler},
     lease::{
         self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked,
@@ -266,10 +265,20 @@ impl WorkerError {
     fn is_final(&self) -> bool {
         match self {
             Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
-            Self::Lease(LeaseError::Outlived { .. } | LeaseError::OtherKeys { .. }) => true,
-            Self::Lease(LeaseError::Table { source, .. }) => {
-                source.kind() == AwsErrorKind::NotFound
-            }
+            Self::Lease(
+                LeaseError::Outlived { .. }
+                | LeaseError::NoTable { .. }
+                | LeaseError::OtherKeys { .. },
+            ) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether waiting may help although nothing worked yet: the set-up is right, but AWS is away or busy.
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Source(error) => error.is_transient(),
+            Self::Lease(LeaseError::Table { source, .. }) => source.is_transient(),
             _ => false,
         }
     }
@@ -433,15 +442,17 @@ where
         self.leases.refuse(self.worker.settings.refuse_when.holds(&load));
         let span = tracing::info_span!("worker", streams = self.worker.streams.names());
         let (again_at, error) = match self.try_look().instrument(span).await {
-            Ok(Looked { again_at, error, taken }) => {
-                for held in taken {
+            Ok((looked, error)) => {
+                for held in looked.taken {
                     let shard = held.lease().await.shard;
                     self.start(shard, held, Arc::new(Activity::new()), Watched::default());
                 }
-                (again_at, error.map(WorkerError::from))
+                (looked.again_at, error)
             }
             // What never worked is a mistake in the set-up. What worked once may work again.
-            Err(error) if !had_looked || error.is_final() => return Err(error),
+            Err(error) if error.is_final() || !(had_looked || error.is_transient()) => {
+                return Err(error);
+            }
             Err(error) => (Instant::now() + LOOK_AGAIN, Some(error)),
         };
         match &error {
@@ -456,15 +467,28 @@ where
         Ok(again_at)
     }
 
-    async fn try_look(&mut self) -> Result<Looked<LeaseTable>, WorkerError> {
+    /// Looks, and tells what went wrong without making the look useless.
+    async fn try_look(&mut self) -> Result<(Looked<LeaseTable>, Option<WorkerError>), WorkerError> {
         // A worker that only watches the bell leaves discovery to those that watch the table.
-        if self.leases.watches_bell() || self.discover_at.is_some_and(|at| Instant::now() < at) {
-            return Ok(self.leases.look(None).await?);
+        let due = self.discover_at.is_none_or(|at| Instant::now() >= at);
+        let listed = if due && !self.leases.watches_bell() {
+            Some(self.worker.streams.shards().await.map_err(WorkerError::from))
+        } else {
+            None
+        };
+        let (listed, unlisted) = match listed.transpose() {
+            Ok(listed) => (listed, None),
+            // The leases that exist can be taken and handed over all the same.
+            Err(error) if self.leases.has_looked() && !error.is_final() => (None, Some(error)),
+            Err(error) => return Err(error),
+        };
+        let discovered = listed.as_deref().map(|listed| (listed, self.initial));
+        let mut looked = self.leases.look(discovered).await?;
+        if listed.is_some() {
+            self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
         }
-        let listed = self.worker.streams.shards().await?;
-        let looked = self.leases.look(Some((&listed, self.initial))).await?;
-        self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
-        Ok(looked)
+        let error = looked.error.take().map(WorkerError::from);
+        Ok((looked, unlisted.or(error)))
     }
 
     /// Starts to read a shard, for the first time or again.

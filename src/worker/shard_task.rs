@@ -30,7 +30,7 @@ use crate::{
     source::{Failing, Place, Prefetch, Read, ShardReader, Stream},
 };
 
-/// How often a shard that stopped because of a failure is told again.
+/// How often a lasting failure is told again.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 pub(super) struct ShardTask<S> {
@@ -87,6 +87,8 @@ struct Progress {
     /// The last finished record by the checkpoint that reading began with, or by the last one that was
     /// stored.
     stored: Option<Position>,
+    /// Whether the last attempt to store it failed, so that an outage is told once.
+    failing: bool,
     next_checkpoint: Instant,
     told_misplaced: bool,
 }
@@ -105,6 +107,7 @@ impl<S: LeaseStore> ShardTask<S> {
                 Checkpoint::At(position) => Some(position.clone()),
                 _ => None,
             },
+            failing: false,
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
             told_misplaced: false,
         };
@@ -447,11 +450,16 @@ impl<S: LeaseStore> ShardTask<S> {
         match self.held.write(&Change::Checkpoint { checkpoint }).await {
             Ok(()) => {
                 progress.stored = Some(position);
+                if std::mem::take(&mut progress.failing) {
+                    tracing::info!("checkpoint stored again");
+                }
                 Ok(())
             }
             Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }) => Err(Interrupt::Lost),
             Err(error) => {
-                tracing::warn!("checkpoint not stored: {error}; trying again");
+                if !std::mem::replace(&mut progress.failing, true) {
+                    tracing::warn!("checkpoint not stored: {error}; trying again");
+                }
                 Ok(())
             }
         }
@@ -472,13 +480,29 @@ impl<S: LeaseStore> ShardTask<S> {
     /// that a crash between the two repeats the first and loses nothing.
     async fn end(&self, children: Vec<ChildShard>) -> Result<(), Interrupt> {
         self.activity.enter(Step::Ends);
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
-        while let Err(error) = self.create_children(&children).await {
-            tracing::warn!("{error}; trying again while the lease is ours");
-            tokio::time::sleep(backoff.next_wait()).await;
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(Interrupt::Stopped),
+            () = self.held.asked() => return Err(Interrupt::Asked),
+            () = self.create_children_surely(&children) => {}
         }
         let children = children.into_iter().map(|child| child.id).collect();
         Ok(self.held.write_surely(&Change::End { children }).await?)
+    }
+
+    async fn create_children_surely(&self, children: &[ChildShard]) {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut remind_at = Instant::now();
+        while let Err(error) = self.create_children(children).await {
+            if Instant::now() >= remind_at {
+                remind_at = Instant::now() + REMINDER_INTERVAL;
+                tracing::warn!(
+                    "the shard is read to its end, but the shards that follow it have no leases yet: \
+                     {error}; trying again until it works"
+                );
+            }
+            tokio::time::sleep(backoff.next_wait()).await;
+        }
     }
 
     /// Creates the leases that the stream's shards ought to have, those of the children among them. Not

@@ -250,7 +250,7 @@ impl LeaseStore for SimTable {
         self.request(self.world.table.create(lease)).await
     }
 
-    async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
+    async fn update(&self, seen: &mut Lease, change: &Change) -> Result<Lease, LeaseError> {
         self.world.note(format_args!("{} writes {}: {change:?}", self.worker, seen.shard));
         self.request(self.world.table.update(seen, change)).await
     }
