@@ -78,6 +78,8 @@ pub use handler::{Batch, Handler, Tenure};
 pub use lease::LeaseError;
 pub use produce::{PartitionKey, ProduceError, Producer, ProducerReport, ProducerSettings};
 pub use record::Message;
-pub use shard::{SequenceNumber, ShardId};
+pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};
-pub use worker::{Report, StartPosition, Worker, WorkerBuilder, WorkerError, shutdown_signal};
+pub use worker::{
+    Load, OnStuck, Report, StartPosition, Worker, WorkerBuilder, WorkerError, shutdown_signal,
+};

@@ -8,10 +8,10 @@ use tokio::time::Instant;
 
 use super::values;
 use crate::{
-    Retrieval,
+    Retrieval, SourceError,
     aws::AwsErrorKind,
     lease::{Lease, LeaseError, LeaseStore as _, dynamodb::LeaseTable, plan::Observations},
-    source::Stream,
+    source::Streams,
 };
 
 /// How often the table is looked at while owners are watched.
@@ -20,9 +20,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Which application.
 #[derive(Debug, Args)]
 pub(super) struct Application {
-    /// The stream that it reads
-    #[arg(long, value_name = "NAME")]
-    pub(super) stream: String,
+    /// The stream that it reads; may be repeated, for an application that reads several
+    #[arg(long, value_name = "NAME", required = true, value_delimiter = ',')]
+    pub(super) stream: Vec<String>,
 
     /// The application
     #[arg(long, value_name = "NAME")]
@@ -43,13 +43,15 @@ impl Application {
         self.lease_table.as_deref().unwrap_or(&self.app)
     }
 
-    pub(super) fn stream(&self, config: &SdkConfig) -> Stream {
-        Stream::new(config, &self.stream, Retrieval::Polling)
+    pub(super) async fn streams(&self, config: &SdkConfig) -> Result<Streams, SourceError> {
+        let streams = Streams::new(config, &self.stream, Retrieval::Polling);
+        streams.identify().await?;
+        Ok(streams)
     }
 
-    pub(super) fn look(&self, config: &SdkConfig) -> Look {
+    pub(super) fn look(&self, config: &SdkConfig, streams: &Streams) -> Look {
         Look {
-            table: LeaseTable::new(config, self.table_name()),
+            table: LeaseTable::new(config, self.table_name()).of_streams(streams.identifiers()),
             leases: Vec::new(),
             observed: Observations::default(),
         }

@@ -136,7 +136,8 @@ fn from_file(
                     .copied()
                     .chain(command.get_subcommands().map(Command::get_name));
                 let flag = known(key, valid, &format!("{shown}: unknown key `{key}`"))?;
-                settings.insert(flag, file_setting(value, &shown, key)?);
+                let several = takes_several(command, &flag);
+                settings.insert(flag, file_setting(value, several, &shown, key)?);
             }
         }
     }
@@ -145,7 +146,7 @@ fn from_file(
             let path = format!("{name}.{key}");
             let flag =
                 known(key, flags(table).into_iter(), &format!("{shown}: unknown key `{path}`"))?;
-            let setting = file_setting(value, &shown, &path)?;
+            let setting = file_setting(value, takes_several(table, &flag), &shown, &path)?;
             if name == subcommand {
                 settings.insert(flag, setting);
             }
@@ -154,8 +155,16 @@ fn from_file(
     Ok(settings)
 }
 
+/// Whether a flag of the command, or of one below it, may be given several times.
+fn takes_several(command: &Command, flag: &str) -> bool {
+    let own = command.get_arguments().filter(|arg| arg.get_long() == Some(flag));
+    own.into_iter().any(|arg| arg.get_value_delimiter().is_some())
+        || command.get_subcommands().any(|below| takes_several(below, flag))
+}
+
 fn file_setting(
     value: &Value,
+    several: bool,
     file: &std::path::Display<'_>,
     key: &str,
 ) -> Result<Setting, String> {
@@ -163,6 +172,13 @@ fn file_setting(
         Value::String(text) => text.clone(),
         Value::Number(number) => number.to_string(),
         Value::Bool(flag) => flag.to_string(),
+        Value::Array(texts) if several && texts.iter().all(Value::is_string) => {
+            let texts: Vec<&str> = texts.iter().filter_map(Value::as_str).collect();
+            texts.join(",")
+        }
+        _ if several => {
+            return Err(format!("{file}: the key `{key}` takes a text, or a list of texts"));
+        }
         _ => {
             return Err(format!(
                 "{file}: the key `{key}` takes one value: a text, a number or a boolean"
@@ -308,20 +324,20 @@ mod tests {
         let variable = [("TRAMLINE_STREAM", "from-environment")];
 
         let given = consume(&[], &[], file).expect("valid");
-        assert_eq!((given.stream.as_str(), given.app.as_str()), ("from-file", "from-file"));
+        assert_eq!((given.stream, given.app.as_str()), (vec!["from-file".to_owned()], "from-file"));
         assert_eq!(given.format, Format::Raw);
-        assert_eq!(consume(&[], &variable, file).expect("valid").stream, "from-environment");
+        assert_eq!(consume(&[], &variable, file).expect("valid").stream, ["from-environment"]);
         let flag = ["--stream", "from-flag"];
-        assert_eq!(consume(&flag, &variable, file).expect("valid").stream, "from-flag");
+        assert_eq!(consume(&flag, &variable, file).expect("valid").stream, ["from-flag"]);
     }
 
     #[test]
     fn the_rfcs_variables_rank_below_ours_and_above_the_file() {
         let rfc = ("KINESIS_STREAM", "rfc");
         let file = Some((".toml", FILE));
-        assert_eq!(consume(&[], &[rfc], file).expect("valid").stream, "rfc");
+        assert_eq!(consume(&[], &[rfc], file).expect("valid").stream, ["rfc"]);
         let both = [rfc, ("TRAMLINE_STREAM", "ours")];
-        assert_eq!(consume(&[], &both, file).expect("valid").stream, "ours");
+        assert_eq!(consume(&[], &both, file).expect("valid").stream, ["ours"]);
     }
 
     #[test]
@@ -335,7 +351,19 @@ mod tests {
     #[test]
     fn a_table_of_a_command_wins_over_the_top_and_another_commands_table_does_not_count() {
         let toml = "stream = \"top\"\napp = \"a\"\n[consume]\nstream = \"own\"\n[produce]\nstream = \"other\"\n";
-        assert_eq!(consume(&[], &[], Some((".toml", toml))).expect("valid").stream, "own");
+        assert_eq!(consume(&[], &[], Some((".toml", toml))).expect("valid").stream, ["own"]);
+    }
+
+    #[test]
+    fn several_streams_can_be_named_in_each_place() {
+        let streams = |given: Result<Consume, String>| given.expect("valid").stream;
+        let flags = ["--stream", "a", "--stream", "b", "--app", "x"];
+        assert_eq!(streams(consume(&flags, &[], None)), ["a", "b"]);
+        let app = ["--app", "x"];
+        let variable = [("TRAMLINE_STREAM", "a,b")];
+        assert_eq!(streams(consume(&app, &variable, None)), ["a", "b"]);
+        let file = Some((".toml", "stream = [\"a\", \"b\"]"));
+        assert_eq!(streams(consume(&app, &[], file)), ["a", "b"]);
     }
 
     #[test]
@@ -346,7 +374,8 @@ mod tests {
             ("[consum]\nstream = \"s\"", "unknown key `consum`; did you mean `consume`?"),
             ("config = \"x\"", "unknown key `config`"),
             ("consume = \"x\"", "`consume` is a command"),
-            ("stream = [1]", "the key `stream` takes one value"),
+            ("app = [1]", "the key `app` takes one value"),
+            ("stream = [1]", "the key `stream` takes a text, or a list of texts"),
         ] {
             let error = consume(&["--app", "a"], &[], Some((".toml", toml))).expect_err(toml);
             assert!(error.contains(said), "{error}");

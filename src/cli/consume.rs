@@ -6,8 +6,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Outcome, values};
 use crate::{
-    Retrieval, StartPosition, Worker,
+    OnStuck, Retrieval, StartPosition, Worker,
     feed::{Format, Stdout},
+    host,
 };
 
 /// Reads a stream as one worker of an application and writes its messages to stdout, which carries
@@ -18,9 +19,9 @@ use crate::{
   tramline consume --stream ctd-ocs-raw-messages --app look --start latest --format raw
   tramline consume --stream ctd-ocs-raw-messages --app day --start service-day --exit-when-idle 10s")]
 pub(super) struct Consume {
-    /// The stream to read
-    #[arg(long, value_name = "NAME")]
-    pub(super) stream: String,
+    /// The stream to read; may be repeated, to read several with their leases in one table
+    #[arg(long, value_name = "NAME", required = true, value_delimiter = ',')]
+    pub(super) stream: Vec<String>,
 
     /// The application: workers of one application share the shards
     #[arg(long, value_name = "NAME")]
@@ -58,6 +59,22 @@ pub(super) struct Consume {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_leases: Option<u32>,
 
+    /// Take no more shards while one that is read here is this far behind [default: never refuse]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    refuse_when_behind: Option<Duration>,
+
+    /// Take no more shards while the process has more memory resident than this [default: never refuse]
+    #[arg(long, value_name = "SIZE", value_parser = values::size_bytes)]
+    refuse_above_memory: Option<u32>,
+
+    /// How long a shard may be leased without getting on, before --on-stuck applies
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "2m")]
+    watchdog: Duration,
+
+    /// What is done about a shard that does not get on
+    #[arg(long, value_enum, default_value_t)]
+    on_stuck: OnStuck,
+
     /// How long a worker that is asked to hand a shard over may take before it is taken
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "30s")]
     hand_over_limit: Duration,
@@ -77,17 +94,36 @@ pub(super) struct Consume {
 
 impl Consume {
     pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+        if self.refuse_above_memory.is_some() && host::resident_bytes().is_none() {
+            return Err(
+                "--refuse-above-memory needs /proc/self/status, which this system does not have; \
+                        use --max-leases"
+                    .into(),
+            );
+        }
         let stdout = Stdout::new(self.format)?;
         let feed = stdout.clone();
-        let mut worker = Worker::builder(config, self.stream, self.app)
+        let (behind, memory) = (self.refuse_when_behind, self.refuse_above_memory);
+        let mut streams = self.stream.into_iter();
+        let mut worker = Worker::builder(config, streams.next().unwrap_or_default(), self.app)
             .start(self.start)
             .retrieval(self.retrieval)
             .lease_duration(self.lease_duration)
             .hand_over_limit(self.hand_over_limit)
+            .refuse_leases_when(move |load| {
+                let is_behind = behind.is_some_and(|limit| load.most_behind >= Some(limit));
+                let resident = || host::resident_bytes().unwrap_or(0);
+                is_behind || memory.is_some_and(|limit| resident() > u64::from(limit))
+            })
+            .watchdog(self.watchdog)
+            .on_stuck(self.on_stuck)
             .max_leases(self.max_leases.map_or(usize::MAX, |limit| limit as usize))
             .checkpoint_interval(self.checkpoint_interval)
             .prefetch_bytes(self.prefetch)
             .shutdown_limit(self.shutdown_limit);
+        for stream in streams {
+            worker = worker.and_stream(stream);
+        }
         if let Some(table) = self.lease_table {
             worker = worker.lease_table(table);
         }

@@ -21,7 +21,8 @@ use crate::{
         Lease as LeaseRow, LeaseError,
         reset::{ResetTo, Rewrite, plan_release, plan_reset, write_release, write_reset},
     },
-    source::{Place, Stream},
+    shard::Shard,
+    source::{Place, Streams},
 };
 
 /// Moves checkpoints and gives up leases. Both commands only print what they would do, until they are
@@ -100,8 +101,22 @@ struct How {
 }
 
 impl How {
-    fn shards(&self) -> BTreeSet<ShardId> {
-        self.shard.iter().map(|id| ShardId::from(id.as_str())).collect()
+    /// The shards that are named: by what Kinesis calls them, or, as `status` shows them where several
+    /// streams are read, with the stream before it.
+    fn shards(&self, listed: &[Shard]) -> Result<BTreeSet<ShardId>, String> {
+        self.shard.iter().map(|id| named(id, listed)).collect()
+    }
+}
+
+fn named(id: &str, listed: &[Shard]) -> Result<ShardId, String> {
+    let of_that_name: Vec<&ShardId> =
+        listed.iter().map(|shard| &shard.id).filter(|shard| shard.name() == id).collect();
+    match of_that_name.as_slice() {
+        [] => Ok(id.into()),
+        [only] => Ok((*only).clone()),
+        [first, ..] => Err(format!(
+            "several streams have a shard {id}; name it with its stream, such as {first}"
+        )),
     }
 }
 
@@ -117,20 +132,25 @@ impl Lease {
 impl Reset {
     async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
         let Self { application, to, how } = self;
-        let (stream, only, now) = (application.stream(config), how.shards(), Timestamp::now());
+        let now = Timestamp::now();
         let to = match to {
             ResetPosition::Latest => ResetTo::Latest { from: Place::pin_time(now) },
             ResetPosition::TrimHorizon => ResetTo::TrimHorizon,
             ResetPosition::Time(at) => ResetTo::Time(at),
             ResetPosition::SequenceNumber(number) => ResetTo::SequenceNumber(number),
         };
-        let Some((listed, look)) = observed(&application, config, &stream, &stop).await? else {
+        let Some(Observed { streams, listed, look }) =
+            observed(&application, config, &stop).await?
+        else {
             return Ok(());
         };
+        let only = how.shards(&listed)?;
         let rewrites = plan_reset(&listed, &look.leases, &only, &to, now)?;
         if let (ResetTo::SequenceNumber(number), Some(shard)) = (&to, only.first()) {
             // A worker could not open the shard at a number that is not in it.
-            stream.check_place(shard, &Place::At(number.clone())).await?;
+            if let Some(stream) = streams.of(shard) {
+                stream.check_place(shard, &Place::At(number.clone())).await?;
+            }
         }
         let seen = rewrites.iter().filter_map(|rewrite| rewrite.seen.as_ref());
         let live = look.live(seen, application.observe);
@@ -146,11 +166,11 @@ impl Reset {
 impl Release {
     async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
         let Self { application, how } = self;
-        let stream = application.stream(config);
-        let Some((_, look)) = observed(&application, config, &stream, &stop).await? else {
+        let Some(Observed { listed, look, .. }) = observed(&application, config, &stop).await?
+        else {
             return Ok(());
         };
-        let held = plan_release(&look.leases, &how.shards())?;
+        let held = plan_release(&look.leases, &how.shards(&listed)?)?;
         let live = look.live(&held, application.observe);
         let lines: Vec<String> = held.iter().map(shown_release).collect();
         if !confirmed(&lines, &live, &how, "release")? {
@@ -161,19 +181,25 @@ impl Release {
     }
 }
 
-/// The stream's shards and the leases, watched for long enough to know whose owner lives. `None` if the
-/// command is stopped before.
+struct Observed {
+    streams: Streams,
+    listed: Vec<Shard>,
+    look: Look,
+}
+
+/// The shards and the leases, watched for long enough to know whose owner lives. `None` if the command is
+/// stopped before.
 async fn observed(
     application: &Application,
     config: &SdkConfig,
-    stream: &Stream,
     stop: &CancellationToken,
-) -> Result<Option<(Vec<crate::shard::Shard>, Look)>, Box<dyn Error + Send + Sync>> {
+) -> Result<Option<Observed>, Box<dyn Error + Send + Sync>> {
     let observe = async {
-        let listed = stream.shards().await?;
-        let mut look = application.look(config);
+        let streams = application.streams(config).await?;
+        let listed = streams.shards().await?;
+        let mut look = application.look(config, &streams);
         look.watch(application.observe).await?;
-        Ok((listed, look))
+        Ok(Observed { streams, listed, look })
     };
     tokio::select! {
         observed = observe => observed.map(Some),
@@ -279,7 +305,8 @@ mod tests {
 
     #[test]
     fn changes_are_shown_as_old_and_new() {
-        let seen = lease("17").after(&Change::Take { worker: "w1".into() });
+        let seen =
+            lease("17").after(&Change::Take { worker: "w1".into(), at: Timestamp::UNIX_EPOCH });
         let start_at = "2025-07-02T15:00:00Z".parse().ok();
         let reset = Change::Reset { checkpoint: Checkpoint::Latest, start_at };
         let wanted = seen.after(&reset);

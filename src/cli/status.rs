@@ -22,7 +22,7 @@ use crate::{
         Lease,
         overview::{self, ShardOverview, State, WorkerOverview},
     },
-    source::{Lag, Place, Stream},
+    source::{Lag, Place, Stream, Streams},
 };
 
 const REDRAW_INTERVAL: Duration = Duration::from_secs(2);
@@ -53,11 +53,12 @@ const CHECKPOINT_WIDTH: usize = 14;
 
 With --json, one object on one line:
   stream, application, table
-  shards[]: shard, parents[], closed, state (words joined by hyphens), owner, next_owner (during a
-    hand-over), renewed (true, false, or null if not watched for long enough), waiting_for[],
-    checkpoint (a sequence number or a word of the KCL's), sub_sequence_number, start_at, counter (how
+  shards[]: stream, shard, parents[], closed, state (words joined by hyphens), owner, next_owner (during
+    a hand-over), renewed (true, false, or null if not watched for long enough), waiting_for[],
+    checkpoint (a sequence number or a word of the KCL's), sub_sequence_number, start_at, since (when the
+    owner took it), renewals (since then), last_error, last_error_at, last_error_is_over, counter (how
     often the lease was written), owner_switches_since_checkpoint; with --lag checkpoint_arrived_at,
-    checkpoint_age_ms, lag_ms, lag_error
+    checkpoint_age_ms, lag_ms, lag_records (0, or null: Kinesis tells no number), lag_error
   workers[]: worker, shards, asked_for, renews
 
 Examples:
@@ -94,6 +95,7 @@ pub(super) struct Status {
 /// What one look found; with `--json` as it is.
 #[derive(Debug, Serialize)]
 struct Report {
+    at: Timestamp,
     stream: String,
     application: String,
     table: String,
@@ -103,6 +105,7 @@ struct Report {
 
 #[derive(Debug, Serialize)]
 struct ShardReport {
+    stream: String,
     #[serde(flatten)]
     shard: ShardOverview,
     #[serde(flatten)]
@@ -115,6 +118,7 @@ struct LagReport {
     checkpoint_arrived_at: Option<Timestamp>,
     checkpoint_age_ms: Option<u64>,
     lag_ms: Option<u64>,
+    lag_records: Option<u64>,
     lag_error: Option<String>,
 }
 
@@ -125,6 +129,7 @@ impl LagReport {
             checkpoint_arrived_at: lag.finished_arrived_at,
             checkpoint_age_ms: age.map(|age| u64::try_from(age).unwrap_or(0)),
             lag_ms: lag.behind.map(|lag| u64::try_from(lag.as_millis()).unwrap_or(u64::MAX)),
+            lag_records: lag.records,
             lag_error: None,
         }
     }
@@ -139,17 +144,17 @@ impl Status {
     }
 
     async fn show(&self, config: &SdkConfig) -> Outcome {
-        let stream = self.application.stream(config);
-        let mut look = self.application.look(config);
+        let streams = self.application.streams(config).await?;
+        let mut look = self.application.look(config, &streams);
         if !self.watch {
-            let report = self.report(&stream, &mut look).await?;
+            let report = self.report(&streams, &mut look).await?;
             self.print(&report, false)?;
             return Ok(());
         }
         let in_place = !self.json && std::io::stdout().is_terminal();
         let mut shown = false;
         loop {
-            match self.report(&stream, &mut look).await {
+            match self.report(&streams, &mut look).await {
                 Ok(report) => {
                     if !self.print(&report, in_place)? {
                         return Ok(());
@@ -166,10 +171,10 @@ impl Status {
 
     async fn report(
         &self,
-        stream: &Stream,
+        streams: &Streams,
         look: &mut Look,
     ) -> Result<Report, Box<dyn Error + Send + Sync>> {
-        let listed = stream.shards().await?;
+        let listed = streams.shards().await?;
         if self.watch || self.quick {
             look.once().await?;
         } else {
@@ -182,16 +187,21 @@ impl Status {
             .map(async |shard| {
                 let lease = look.leases.iter().find(|lease| lease.shard == shard.shard);
                 let lag = match lease {
-                    Some(lease) if self.lag => Some(lag(stream, lease, shard.state).await),
+                    Some(lease) if self.lag => match streams.of(&lease.shard) {
+                        Some(stream) => Some(lag(stream, lease, shard.state).await),
+                        None => Some(LagReport::default()),
+                    },
                     _ => self.lag.then(LagReport::default),
                 };
-                ShardReport { shard, lag }
+                let stream = streams.of(&shard.shard).map_or("", Stream::name).to_owned();
+                ShardReport { stream, shard, lag }
             })
             .buffered(CONCURRENT_LAGS)
             .collect()
             .await;
         Ok(Report {
-            stream: self.application.stream.clone(),
+            at: Timestamp::now(),
+            stream: self.application.stream.join(", "),
             application: self.application.app.clone(),
             table: self.application.table_name().to_owned(),
             shards,
@@ -237,10 +247,10 @@ fn redrawn(text: &str) -> String {
 }
 
 fn text(report: &Report, with_lag: bool) -> String {
-    let Report { stream, application, table, shards, workers } = report;
+    let Report { at, stream, application, table, shards, workers } = report;
     let mut text =
         format!("stream       {stream}\napplication  {application}\nlease table  {table}\n\n");
-    text.push_str(&shard_table(shards, with_lag));
+    text.push_str(&shard_table(shards, with_lag, *at));
     if !workers.is_empty() {
         let mut columns = [
             Column::new("WORKER", 12),
@@ -258,6 +268,16 @@ fn text(report: &Report, with_lag: bool) -> String {
         text.push('\n');
         text.push_str(&table_text(&columns, &[0]));
     }
+    for ShardReport { shard, .. } in shards {
+        if let (Some(error), Some(since)) = (&shard.last_error, shard.last_error_at) {
+            let age = age_since(since, *at);
+            let when = match shard.last_error_is_over {
+                Some(true) => format!("over for {age}"),
+                _ => format!("for {age}"),
+            };
+            text.push_str(&format!("\n{} ({when}): {error}\n", shard.shard.name()));
+        }
+    }
     for shard in shards {
         if let Some(error) = shard.lag.as_ref().and_then(|lag| lag.lag_error.as_ref()) {
             text.push_str(&format!("\nlag unknown: {error}\n"));
@@ -266,7 +286,7 @@ fn text(report: &Report, with_lag: bool) -> String {
     text
 }
 
-fn shard_table(shards: &[ShardReport], with_lag: bool) -> String {
+fn shard_table(shards: &[ShardReport], with_lag: bool, at: Timestamp) -> String {
     let mut columns = vec![
         Column::new("SHARD", 13),
         Column::new("STATE", 12),
@@ -275,35 +295,46 @@ fn shard_table(shards: &[ShardReport], with_lag: bool) -> String {
     ];
     // In the order of what is shortened first.
     let mut shorten = vec![0, 3, 2];
+    let with_parents = shards.iter().any(|shard| !shard.shard.parents.is_empty());
+    // Lag and parents leave no room for it.
+    let with_since = !(with_lag && with_parents);
+    if with_since {
+        columns.push(Column::new("SINCE", 5));
+    }
     if with_lag {
         columns.extend([Column::new("AGE", 5), Column::new("LAG", 5)]);
     }
-    let with_parents = shards.iter().any(|shard| !shard.shard.parents.is_empty());
     if with_parents {
         shorten.insert(0, columns.len());
         columns.push(Column::new("PARENTS", 11));
     }
-    for ShardReport { shard, lag } in shards {
+    let several = shards.iter().any(|shard| shard.shard.shard.stream().is_some());
+    for ShardReport { stream, shard, lag } in shards {
         let owners = [&shard.owner, &shard.next_owner].into_iter().flatten().cloned();
         let checkpoint = match (&shard.checkpoint, shard.sub_sequence_number) {
             (Some(text), 0) => text.clone(),
             (Some(text), sub) => format!("{text}/{sub}"),
             (None, _) => String::new(),
         };
-        columns[0].push([shard.shard.to_string()]);
+        let name = shard.shard.name().to_owned();
+        columns[0].push(if several { vec![stream.clone(), name] } else { vec![name] });
         columns[1].push([state(shard.state).to_owned()]);
         columns[2].push(owners);
         columns[3].push([shortened(&checkpoint, CHECKPOINT_WIDTH)]);
+        if with_since {
+            columns[4].push([shard.since.map_or(String::new(), |since| age_since(since, at))]);
+        }
         if with_lag {
             let shown = |millis: Option<u64>| millis.map_or("?".to_owned(), age);
             let lag = lag.as_ref();
             let is_over = matches!(shard.state, State::Finished | State::Expired);
             let cell = |millis| if is_over { String::new() } else { shown(millis) };
-            columns[4].push([cell(lag.and_then(|lag| lag.checkpoint_age_ms))]);
-            columns[5].push([cell(lag.and_then(|lag| lag.lag_ms))]);
+            let first = 4 + usize::from(with_since);
+            columns[first].push([cell(lag.and_then(|lag| lag.checkpoint_age_ms))]);
+            columns[first + 1].push([cell(lag.and_then(|lag| lag.lag_ms))]);
         }
         if with_parents && let Some(column) = columns.last_mut() {
-            column.push(shard.parents.iter().map(ToString::to_string));
+            column.push(shard.parents.iter().map(|parent| parent.name().to_owned()));
         }
     }
     table_text(&columns, &shorten)
@@ -322,6 +353,11 @@ fn state(state: State) -> &'static str {
         State::NoLease => "no lease",
         State::Unreadable => "unreadable",
     }
+}
+
+/// How long ago something was; clocks of different machines may differ.
+fn age_since(since: Timestamp, now: Timestamp) -> String {
+    age(u64::try_from(now.duration_since(since).as_millis()).unwrap_or(0))
 }
 
 /// A length of time in five characters.
@@ -424,6 +460,7 @@ mod tests {
     fn shard(n: usize, state: State, owner: Option<&str>, parents: &[usize]) -> ShardReport {
         let id = |n: &usize| format!("shardId-{n:012}").into();
         ShardReport {
+            stream: "s".into(),
             shard: ShardOverview {
                 shard: id(&n),
                 parents: parents.iter().map(id).collect(),
@@ -436,6 +473,11 @@ mod tests {
                 checkpoint: Some("49590338271490256608559692538361571095921575989136588898".into()),
                 sub_sequence_number: 0,
                 start_at: None,
+                since: Some(Timestamp::UNIX_EPOCH),
+                renewals: Some(2),
+                last_error: None,
+                last_error_at: None,
+                last_error_is_over: None,
                 counter: Some(7),
                 owner_switches_since_checkpoint: 0,
             },
@@ -450,6 +492,7 @@ mod tests {
     fn report(shards: Vec<ShardReport>) -> Report {
         let overviews: Vec<ShardOverview> = shards.iter().map(|s| s.shard.clone()).collect();
         Report {
+            at: Timestamp::from_second(7200).expect("a time"),
             stream: "s".into(),
             application: "a".into(),
             table: "t".into(),
@@ -469,9 +512,9 @@ stream       s
 application  a
 lease table  t
 
-SHARD                 STATE    OWNER  CHECKPOINT
-shardId-000000000000  reading  w1     …5989136588898
-shardId-000000000001  free            …5989136588898
+SHARD                 STATE    OWNER  CHECKPOINT      SINCE
+shardId-000000000000  reading  w1     …5989136588898  2h
+shardId-000000000001  free            …5989136588898  2h
 
 WORKER  SHARDS  ASKED FOR  RENEWS
 w1      1       0          ?

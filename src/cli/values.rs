@@ -7,7 +7,8 @@ use clap::{ValueEnum, builder::PossibleValue};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
-    PartitionKey, Retrieval, SequenceNumber, StartPosition, feed::Format, ocs::generate::Profile,
+    OnStuck, PartitionKey, Retrieval, SequenceNumber, StartPosition, feed::Format,
+    ocs::generate::Profile,
 };
 
 /// A length of time such as `500ms`, `10s` or `1h30m`.
@@ -103,6 +104,12 @@ words!(Retrieval {
     Auto = "auto" "fan-out, or polling if the server does not know fan-out",
     FanOut = "fan-out" "SubscribeToShard: pushed, 2 MB/s a shard for this application alone",
     Polling = "polling" "GetRecords: 2 MB/s a shard, shared by all that poll",
+});
+
+words!(OnStuck {
+    Restart = "restart" "drop its task and start it again from the last checkpoint",
+    Release = "release" "the same, but by another worker if there is one",
+    Report = "report" "tell it, count it, show it in the status",
 });
 
 words!(PartitionKey {

@@ -18,15 +18,15 @@ use aws_types::SdkConfig;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::{Change, Lease, LeaseError, LeaseStore, Verdict, verdict};
+use super::{Change, Lease, LeaseError, LeaseStore, ReaderNote, Trouble, Verdict, verdict};
 use crate::{
     aws::{self, AwsError, AwsErrorKind},
     checkpoint::Checkpoint,
-    shard::{HashKeyRange, Shard, ShardId},
+    shard::{HashKeyRange, Shard, ShardId, StreamIdentifier},
 };
 
-/// Attribute names of the KCL (facts: `DynamoDBLeaseSerializer` of amazon-kinesis-client), and one of
-/// two of ours.
+/// Attribute names of the KCL (facts: `DynamoDBLeaseSerializer` of amazon-kinesis-client), and
+/// three of ours.
 mod attribute {
     pub const KEY: &str = "leaseKey";
     pub const OWNER: &str = "leaseOwner";
@@ -47,6 +47,11 @@ mod attribute {
     pub const START_AT: &str = "startAtMillis";
     /// Ours: see [`Lease::bell`](super::Lease::bell).
     pub const BELL: &str = "bell";
+    /// Ours: see [`ReaderNote`](super::ReaderNote), a map.
+    pub const NOTE: &str = "readerNote";
+    /// The KCL's, where the table is that of several streams.
+    pub const STREAM: &str = "streamName";
+    pub const SHARD: &str = "shardId";
 }
 
 type Row = HashMap<String, AttributeValue>;
@@ -59,7 +64,9 @@ const CREATE_LIMIT: Duration = Duration::from_secs(60);
 pub struct LeaseTable {
     client: Client,
     name: String,
-    /// The unreadable rows that were told.
+    /// The streams whose leases it is asked for, where they are several.
+    streams: Arc<BTreeSet<StreamIdentifier>>,
+    /// The rows that were told to be unreadable, or of an earlier stream.
     told: Arc<Mutex<BTreeSet<String>>>,
 }
 
@@ -69,7 +76,46 @@ impl LeaseTable {
         let config = aws_sdk_dynamodb::config::Builder::from(config)
             .timeout_config(aws::lease_timeouts())
             .build();
-        Self { client: Client::from_conf(config), name: name.into(), told: Arc::default() }
+        Self {
+            client: Client::from_conf(config),
+            name: name.into(),
+            streams: Arc::default(),
+            told: Arc::default(),
+        }
+    }
+
+    /// The same table, of an application that reads several streams: of these.
+    pub fn of_streams(self, streams: impl IntoIterator<Item = StreamIdentifier>) -> Self {
+        Self { streams: Arc::new(streams.into_iter().collect()), ..self }
+    }
+
+    /// Whether the row of this key is asked for. An error if it is that of another kind of application.
+    fn is_asked_for(&self, key: &ShardId) -> Result<bool, LeaseError> {
+        let stream = key.stream();
+        if stream.is_some() == self.streams.is_empty() {
+            return Err(LeaseError::OtherKeys {
+                table: self.name.clone(),
+                key: key.clone(),
+                several: stream.is_some(),
+            });
+        }
+        let Some(stream) = stream.filter(|stream| !self.streams.contains(stream)) else {
+            return Ok(true);
+        };
+        if self.streams.iter().any(|ours| ours.is_made_again(&stream)) && self.tell(key.as_str()) {
+            tracing::warn!(
+                table = self.name, row = %key,
+                "this lease is of an earlier stream named {}, which was deleted and made again: the new \
+                 one is read from the start position; delete the old rows", stream.name()
+            );
+        }
+        Ok(false)
+    }
+
+    /// Whether a row is told for the first time.
+    fn tell(&self, row: &str) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(|poison| poison.into_inner());
+        told.insert(row.to_owned())
     }
 
     /// Waits until the table can be used, and creates it, paid per request, if there is none.
@@ -173,7 +219,7 @@ impl LeaseTable {
     fn unreadable(&self, row: &Row, error: &LeaseError) -> Lease {
         let key =
             row.get(attribute::KEY).and_then(|key| key.as_s().ok()).map_or("", String::as_str);
-        if self.told.lock().unwrap_or_else(|poison| poison.into_inner()).insert(key.to_owned()) {
+        if self.tell(key) {
             tracing::error!("{error}");
         }
         let shard = Shard {
@@ -196,11 +242,13 @@ impl LeaseTable {
         let count = |name: &str| {
             row.get(name).and_then(|value| value.as_n().ok()).and_then(|n| n.parse::<u64>().ok())
         };
+        let key = text(attribute::KEY).map_or("", String::as_str);
+        let shard = ShardId::from(key);
+        // By their names alone, also where the key has the stream before it.
         let shards = |name: &str| -> BTreeSet<ShardId> {
             let set = row.get(name).and_then(|value| value.as_ss().ok());
-            set.into_iter().flatten().map(|id| ShardId::from(id.as_str())).collect()
+            set.into_iter().flatten().map(|name| shard.sibling(name)).collect()
         };
-        let key = text(attribute::KEY).map_or("", String::as_str);
         let is_lease = match text(attribute::ENTITY_TYPE) {
             Some(entity) => entity == "LEASE",
             None => row.contains_key(attribute::COUNTER) || row.contains_key(attribute::CHECKPOINT),
@@ -226,7 +274,6 @@ impl LeaseTable {
             .and_then(|millis| millis.parse().ok())
             .and_then(|millis| Timestamp::from_millisecond(millis).ok());
         Ok(Some(Lease {
-            shard: ShardId::from(key),
             owner: text(attribute::OWNER).cloned(),
             counter: count(attribute::COUNTER).ok_or_else(|| unreadable(attribute::COUNTER))?,
             owner_switches_since_checkpoint: count(attribute::OWNER_SWITCHES).unwrap_or(0),
@@ -237,11 +284,52 @@ impl LeaseTable {
             children: shards(attribute::CHILDREN),
             unreadable: false,
             bell: count(attribute::BELL).unwrap_or(0),
+            note: row.get(attribute::NOTE).and_then(|value| read_note(value.as_m().ok()?)),
             hash_key_range: hash_key(attribute::STARTING_HASH_KEY)
                 .zip(hash_key(attribute::ENDING_HASH_KEY))
                 .map(|(start, end)| HashKeyRange { start, end }),
+            shard,
         }))
     }
+}
+
+/// What a reader noted; `None` for what has another form.
+fn read_note(note: &Row) -> Option<ReaderNote> {
+    let text = |row: &Row, name: &str| Some(row.get(name)?.as_s().ok()?.clone());
+    let time = |row: &Row, name: &str| {
+        let millis = row.get(name)?.as_n().ok()?.parse().ok()?;
+        Timestamp::from_millisecond(millis).ok()
+    };
+    let trouble = |row: &Row| {
+        Some(Trouble {
+            text: text(row, "text")?,
+            at: time(row, "atMillis")?,
+            is_over: *row.get("isOver")?.as_bool().ok()?,
+        })
+    };
+    Some(ReaderNote {
+        reader: text(note, "reader")?,
+        since: time(note, "sinceMillis")?,
+        from_counter: note.get("fromCounter")?.as_n().ok()?.parse().ok()?,
+        trouble: note.get("trouble").and_then(|value| trouble(value.as_m().ok()?)),
+    })
+}
+
+fn write_note(note: &ReaderNote) -> AttributeValue {
+    let mut row = Row::from([
+        ("reader".into(), AttributeValue::S(note.reader.clone())),
+        ("sinceMillis".into(), millis(note.since)),
+        ("fromCounter".into(), number(note.from_counter)),
+    ]);
+    if let Some(trouble) = &note.trouble {
+        let trouble = Row::from([
+            ("text".into(), AttributeValue::S(trouble.text.clone())),
+            ("atMillis".into(), millis(trouble.at)),
+            ("isOver".into(), AttributeValue::Bool(trouble.is_over)),
+        ]);
+        row.insert("trouble".into(), AttributeValue::M(trouble));
+    }
+    AttributeValue::M(row)
 }
 
 /// A row for a lease that does not exist yet. DynamoDB has no empty sets or strings: what is not there
@@ -262,7 +350,11 @@ fn write_row(lease: &Lease) -> Row {
         row.insert(attribute::ENDING_HASH_KEY.into(), AttributeValue::S(range.end.to_string()));
     }
     if let Some(at) = lease.start_at {
-        row.insert(attribute::START_AT.into(), AttributeValue::N(at.as_millisecond().to_string()));
+        row.insert(attribute::START_AT.into(), millis(at));
+    }
+    if let Some(stream) = lease.shard.stream() {
+        row.insert(attribute::STREAM.into(), AttributeValue::S(stream.to_string()));
+        row.insert(attribute::SHARD.into(), AttributeValue::S(lease.shard.name().to_owned()));
     }
     row
 }
@@ -288,9 +380,13 @@ impl LeaseStore for LeaseTable {
                 .await
                 .map_err(|error| self.failed(aws::failure("dynamodb:Scan", error)))?;
             for row in page.items.unwrap_or_default() {
-                match self.read_row(&row) {
-                    Ok(lease) => leases.extend(lease),
-                    Err(error) => leases.push(self.unreadable(&row, &error)),
+                let lease = match self.read_row(&row) {
+                    Ok(None) => continue,
+                    Ok(Some(lease)) => lease,
+                    Err(error) => self.unreadable(&row, &error),
+                };
+                if self.is_asked_for(&lease.shard)? {
+                    leases.push(lease);
                 }
             }
             next = page.last_evaluated_key.filter(|key| !key.is_empty());
@@ -457,14 +553,14 @@ impl Update {
                 update.set_or_remove(pending, None);
             }
         }
+        if let Some(note) = wanted.note.as_ref().filter(|note| Some(*note) != seen.note.as_ref()) {
+            update.set(attribute::NOTE, write_note(note));
+        }
         if wanted.children != seen.children {
             update.set(attribute::CHILDREN, shard_set(&wanted.children));
         }
         if wanted.start_at != seen.start_at {
-            update.set_or_remove(
-                attribute::START_AT,
-                wanted.start_at.map(|at| AttributeValue::N(at.as_millisecond().to_string())),
-            );
+            update.set_or_remove(attribute::START_AT, wanted.start_at.map(millis));
         }
         update
     }
@@ -497,8 +593,12 @@ fn number(value: u64) -> AttributeValue {
     AttributeValue::N(value.to_string())
 }
 
+fn millis(at: Timestamp) -> AttributeValue {
+    AttributeValue::N(at.as_millisecond().to_string())
+}
+
 fn shard_set(shards: &BTreeSet<ShardId>) -> AttributeValue {
-    AttributeValue::Ss(shards.iter().map(ToString::to_string).collect())
+    AttributeValue::Ss(shards.iter().map(|shard| shard.name().to_owned()).collect())
 }
 
 #[cfg(test)]
@@ -520,12 +620,52 @@ mod tests {
         }
     }
 
-    #[test]
-    fn rows_read_back_as_they_were_written() {
+    fn table() -> LeaseTable {
         let config = SdkConfig::builder()
             .behavior_version(aws_sdk_dynamodb::config::BehaviorVersion::latest())
             .build();
-        let table = LeaseTable::new(&config, "t");
+        LeaseTable::new(&config, "t")
+    }
+
+    #[test]
+    fn the_rows_of_several_streams_are_those_of_the_kcl_and_give_the_whole_shards_back() {
+        let stream = |text| StreamIdentifier::parse(text).expect("an identifier");
+        let (ours, again) =
+            (stream("123456789012:s:1625148000"), stream("123456789012:s:1625149000"));
+        let mut lease = lease(None, 0);
+        lease.shard = ours.shard("shardId-1");
+        lease.parents = [ours.shard("shardId-0")].into();
+        let row = write_row(&lease);
+        let text = |name: &str| row[name].as_s().expect("a text").as_str();
+        assert_eq!(text("leaseKey"), "123456789012:s:1625148000:shardId-1");
+        assert_eq!(text("streamName"), "123456789012:s:1625148000");
+        assert_eq!(text("shardId"), "shardId-1");
+        assert_eq!(row["parentShardId"], AttributeValue::Ss(vec!["shardId-0".into()]));
+        assert_eq!(table().read_row(&row).expect("readable"), Some(lease.clone()));
+
+        let several = table().of_streams([ours]);
+        assert!(several.is_asked_for(&lease.shard).expect("of its kind"));
+        assert!(!several.is_asked_for(&again.shard("shardId-1")).expect("of its kind"));
+        assert!(several.is_asked_for(&"shardId-1".into()).is_err(), "of one that reads one stream");
+        let error = table().is_asked_for(&lease.shard).expect_err("of one that reads several");
+        assert!(error.to_string().contains("of an application that reads several"), "{error}");
+    }
+
+    #[test]
+    fn a_note_is_written_with_what_changes_it_and_read_back() {
+        let at = Timestamp::from_millisecond(1_700_000_000_123).expect("a time");
+        let taken = lease(None, 4).after(&Change::Take { worker: "me".into(), at });
+        let trouble = Trouble { text: "the database is away".into(), at, is_over: true };
+        let noted = Change::Note { trouble };
+        let update = Update::new(&taken, &noted);
+        let note = update.values[":readerNote"].as_m().expect("a map");
+        assert_eq!(read_note(note), taken.after(&noted).note);
+        assert!(!Update::new(&taken, &Change::Renew).values.contains_key(":readerNote"));
+    }
+
+    #[test]
+    fn rows_read_back_as_they_were_written() {
+        let table = table();
         let mut lease = lease(None, 0);
         lease.parents = ["p1", "p2"].map(ShardId::from).into();
         lease.hash_key_range = Some(HashKeyRange { start: 0, end: u128::MAX });
@@ -552,10 +692,7 @@ mod tests {
 
     #[test]
     fn rows_of_other_kinds_are_passed_over() {
-        let config = SdkConfig::builder()
-            .behavior_version(aws_sdk_dynamodb::config::BehaviorVersion::latest())
-            .build();
-        let table = LeaseTable::new(&config, "t");
+        let table = table();
         let mut row = write_row(&lease(None, 0));
         row.insert("entityType".into(), AttributeValue::S("LEASE".into()));
         assert!(table.read_row(&row).expect("readable").is_some());

@@ -8,14 +8,17 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::{Change, Lease, LeaseError, LeaseStore, plan};
+use super::{Change, Lease, LeaseError, LeaseStore, Trouble, plan, whole_millis};
 use crate::backoff::Backoff;
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const RETRY_LIMIT: Duration = Duration::from_secs(2);
+/// Notes beyond those that go with a renewal are no more frequent than this.
+const NOTE_INTERVAL: Duration = Duration::from_secs(4);
 /// AWS sends an event of a subscription every few seconds, and polls are a second apart.
 const CAUGHT_UP_FOR: Duration = Duration::from_secs(15);
 
@@ -44,8 +47,11 @@ pub struct HeldLease<S> {
     /// Set when it was lost because its row was deleted.
     gone: AtomicBool,
     asked: CancellationToken,
-    /// When a read last found nothing more.
-    caught_up: Mutex<Option<Instant>>,
+    /// How far behind the stream's tip the last read was, and when that was.
+    behind: Mutex<Option<(Duration, Instant)>>,
+    /// A note that waits for the next renewal, and when the last one was written.
+    note: Mutex<Option<Change>>,
+    noted_at: Mutex<Instant>,
 }
 
 impl<S: LeaseStore> HeldLease<S> {
@@ -69,7 +75,9 @@ impl<S: LeaseStore> HeldLease<S> {
             asked: CancellationToken::new(),
             let_go: AtomicBool::new(false),
             gone: AtomicBool::new(false),
-            caught_up: Mutex::new(None),
+            behind: Mutex::new(None),
+            note: Mutex::new(None),
+            noted_at: taken_at.into(),
         }
     }
 
@@ -120,12 +128,35 @@ impl<S: LeaseStore> HeldLease<S> {
     /// Whether the last read found nothing more, and was not long ago: a shard that cannot be read is
     /// not caught up.
     pub fn is_caught_up(&self) -> bool {
-        lock(&self.caught_up).is_some_and(|at| at.elapsed() < CAUGHT_UP_FOR)
+        lock(&self.behind)
+            .is_some_and(|(behind, at)| behind.is_zero() && at.elapsed() < CAUGHT_UP_FOR)
     }
 
-    /// Notes whether a read found nothing more.
-    pub fn set_caught_up(&self, caught_up: bool) {
-        *lock(&self.caught_up) = caught_up.then(Instant::now);
+    /// How far behind the stream's tip the reading is, as far as is known: as the last read was, and the
+    /// time since then, for reads are waited for or not asked for while the handler is busy.
+    pub fn behind(&self) -> Option<Duration> {
+        let (behind, at) = (*lock(&self.behind))?;
+        let waited = at.elapsed();
+        Some(if behind.is_zero() && waited < CAUGHT_UP_FOR { behind } else { behind + waited })
+    }
+
+    /// Notes how far behind the stream's tip a read was: zero if it found nothing more, `None` if that is
+    /// not known.
+    pub fn set_behind(&self, behind: Option<Duration>) {
+        *lock(&self.behind) = behind.map(|behind| (behind, Instant::now()));
+    }
+
+    /// Notes in the row, with the next renewal, what keeps the reader from getting on since `at`, or, with
+    /// `is_over`, what kept it until now.
+    pub fn note_trouble(&self, text: String, at: Timestamp, is_over: bool) {
+        let trouble = Trouble { text, at: whole_millis(at), is_over };
+        *lock(&self.note) = Some(Change::Note { trouble });
+    }
+
+    /// Gives the lease up without a write: it is not used nor renewed any more, and others take it when
+    /// it has run out.
+    pub fn give_up(&self) {
+        self.lost.cancel();
     }
 
     /// Writes a change. Refused if another worker wrote the lease: then it is lost.
@@ -143,6 +174,9 @@ impl<S: LeaseStore> HeldLease<S> {
                     }
                     _ if written.checkpoint_owner.is_some() => self.ask(),
                     _ => {}
+                }
+                if let Change::Note { .. } = change {
+                    *lock(&self.noted_at) = began;
                 }
                 *lease = written;
                 let unanswered_since = lock(&self.unanswered_since).take();
@@ -191,9 +225,11 @@ impl<S: LeaseStore> HeldLease<S> {
         let mut failed = false;
         loop {
             match plan::renewal(self.written_at(), self.duration, Instant::now()) {
+                // Checkpoints renew too, so that with frequent ones no renewal is ever due.
+                plan::Renewal::NotBefore(_) if self.is_note_due() => {}
                 plan::Renewal::NotBefore(due) => {
                     sleep_until(due).await;
-                    continue; // A checkpoint may have been written meanwhile: that renews too.
+                    continue; // A checkpoint may have been written meanwhile.
                 }
                 plan::Renewal::TooLate => {
                     tracing::error!(
@@ -205,7 +241,14 @@ impl<S: LeaseStore> HeldLease<S> {
                 }
                 plan::Renewal::Due => {}
             }
-            match timeout_at(self.valid_until(), self.write(&Change::Renew)).await {
+            let note = lock(&self.note).take();
+            let written =
+                timeout_at(self.valid_until(), self.write(note.as_ref().unwrap_or(&Change::Renew)));
+            let written = written.await;
+            if let (Some(note), Ok(Err(LeaseError::Table { .. }))) = (note, &written) {
+                lock(&self.note).get_or_insert(note);
+            }
+            match written {
                 Ok(Ok(())) => {
                     if std::mem::take(&mut failed) {
                         tracing::info!("lease renewed again");
@@ -231,6 +274,10 @@ impl<S: LeaseStore> HeldLease<S> {
                 Err(_) => {} // Too late: told above.
             }
         }
+    }
+
+    fn is_note_due(&self) -> bool {
+        lock(&self.note).is_some() && lock(&self.noted_at).elapsed() >= NOTE_INTERVAL
     }
 
     fn written_at(&self) -> Instant {
@@ -307,8 +354,8 @@ mod tests {
         let lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
         let store = Deaf::default();
         store.create(&lease).await.expect("a lease");
-        let taken =
-            store.update(&lease, &Change::Take { worker: "me".into() }).await.expect("taken");
+        let take = Change::Take { worker: "me".into(), at: Timestamp::UNIX_EPOCH };
+        let taken = store.update(&lease, &take).await.expect("taken");
         let (now, duration) = (Instant::now(), Duration::from_secs(10));
         let held = HeldLease::new(store.clone(), taken, now, now, duration, 1);
 

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
+use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::{
@@ -11,6 +12,8 @@ use super::{
 };
 use crate::shard::{Shard, ShardId};
 
+/// Longer than the other workers leave a lease to the one that it falls to.
+const LEFT_TO_OTHERS_FOR: Duration = Duration::from_secs(10);
 /// How many writes are under way at once.
 const CONCURRENT_WRITES: usize = 16;
 /// A worker that only watches the bell looks at the table this often all the same.
@@ -32,6 +35,8 @@ pub struct Settings {
     pub finished_kept_for: Duration,
     /// Determines the jitter of retries.
     pub seed: u64,
+    /// The wall clock, for notes; no decision is made by it.
+    pub wall_clock: fn() -> Timestamp,
 }
 
 /// How long a finished lease is kept. AWS refuses a request that was signed more than five minutes ago
@@ -92,6 +97,13 @@ pub struct LeaseLoop<S> {
     settings: Settings,
     held: BTreeMap<ShardId, Arc<HeldLease<S>>>,
     asked: BTreeMap<ShardId, Instant>,
+    /// Of leases that were taken from a living reader, or may have been: when that one has stopped.
+    usable_from: BTreeMap<ShardId, Instant>,
+    /// Leases that were given up, and until when they are left to others.
+    given_up: BTreeMap<ShardId, Instant>,
+    refuses: bool,
+    /// Whether shards were told to be read by nobody.
+    told_unread: bool,
     observed: Observations,
     snapshot: Vec<Lease>,
     /// When the table was last looked at.
@@ -107,6 +119,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
             settings,
             held: BTreeMap::new(),
             asked: BTreeMap::new(),
+            usable_from: BTreeMap::new(),
+            given_up: BTreeMap::new(),
+            refuses: false,
+            told_unread: false,
             observed: Observations::default(),
             snapshot: Vec::new(),
             looked_at: None,
@@ -135,6 +151,25 @@ impl<S: LeaseStore> LeaseLoop<S> {
         self.held.remove(shard);
     }
 
+    /// The same of a shard that this worker did not get on with: others are to take it.
+    pub fn give_up(&mut self, shard: &ShardId) {
+        self.done(shard);
+        self.given_up.insert(shard.clone(), Instant::now() + LEFT_TO_OTHERS_FOR);
+    }
+
+    /// From now on takes no more leases than it has, or takes its share again.
+    pub fn refuse(&mut self, refuses: bool) {
+        if refuses != self.refuses {
+            match refuses {
+                true => tracing::warn!(
+                    "this worker takes no more leases until it has caught up; it keeps those it has"
+                ),
+                false => tracing::info!("this worker takes its share of leases again"),
+            }
+        }
+        self.refuses = refuses;
+    }
+
     /// Whether the next look is only at the bell.
     pub fn watches_bell(&self) -> bool {
         matches!(self.watch, Watch::Bell(..))
@@ -160,6 +195,8 @@ impl<S: LeaseStore> LeaseLoop<S> {
         self.snapshot.sort_by(|a, b| a.shard.cmp(&b.shard));
         let now = Instant::now();
         self.observed.see(&self.snapshot, now);
+        self.given_up.retain(|_, until| now < *until);
+        self.tell_unread(now);
         self.asked.retain(|shard, _| {
             self.snapshot.iter().any(|lease| {
                 lease.shard == *shard && lease.owner.as_deref() == Some(&self.settings.worker)
@@ -188,16 +225,21 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 .collect()
                 .await;
         self.looked_at = Some(now);
+        // The old reader learns of a forced hand-over at its next renewal at the latest. The write may
+        // have landed although it failed here, so the wait is remembered with the shard.
+        let lease_duration = self.settings.lease_duration;
+        for (action, _, _) in &results {
+            if let Action::Force(lease) = action {
+                self.usable_from.insert(lease.shard.clone(), Instant::now() + lease_duration);
+            }
+        }
+        self.usable_from.retain(|_, from| Instant::now() < *from);
         let mut taken = Vec::new();
         let mut failed = None;
         for (action, began, result) in results {
             match (action, result) {
-                (Action::Take(_), Ok(Some(lease))) => {
-                    taken.push(self.hold(lease, began, Instant::now()));
-                }
-                (Action::Force(_), Ok(Some(lease))) => {
-                    let usable_from = Instant::now() + self.settings.lease_duration;
-                    taken.push(self.hold(lease, began, usable_from));
+                (Action::Take(_) | Action::Force(_), Ok(Some(lease))) => {
+                    taken.push(self.hold(lease, began));
                 }
                 (Action::Ask(_), Ok(Some(lease))) => {
                     self.asked.insert(lease.shard, now);
@@ -222,6 +264,20 @@ impl<S: LeaseStore> LeaseLoop<S> {
         Ok(Looked { taken, again_at: Instant::now() + *interval, error: failed })
     }
 
+    /// A maximum that is too low for the fleet leaves shards unread: that must not go unseen.
+    fn tell_unread(&mut self, now: Instant) {
+        let unread = plan::left_unread(&self.snapshot, &self.observed, now);
+        match unread.first() {
+            Some(first) if !self.told_unread => tracing::warn!(
+                shards = unread.len(), first = %first.shard,
+                "shards that are read by nobody: every worker has as many leases as it takes; start \
+                 another worker, or raise the limits of these"
+            ),
+            _ => {}
+        }
+        self.told_unread = !unread.is_empty();
+    }
+
     fn with_planner<T>(&self, plan: impl FnOnce(&[Lease], &Observations, &Planner<'_>) -> T) -> T {
         let held = self.held.keys().cloned().collect();
         let planner = Planner {
@@ -230,6 +286,8 @@ impl<S: LeaseStore> LeaseLoop<S> {
             asked: &self.asked,
             adopt: self.looked_at.is_none(),
             max_leases: self.settings.max_leases,
+            refuses: self.refuses,
+            given_up: &self.given_up,
             lease_duration: self.settings.lease_duration,
             hand_over_limit: self.settings.hand_over_limit,
             finished_kept_for: self.settings.finished_kept_for,
@@ -237,9 +295,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
         plan(&self.snapshot, &self.observed, &planner)
     }
 
-    fn hold(&mut self, lease: Lease, taken_at: Instant, usable_from: Instant) -> Arc<HeldLease<S>> {
+    fn hold(&mut self, lease: Lease, taken_at: Instant) -> Arc<HeldLease<S>> {
         let shard = lease.shard.clone();
         self.asked.remove(&shard);
+        let usable_from = self.usable_from.remove(&shard).unwrap_or(taken_at);
         let Settings { lease_duration, seed, .. } = self.settings;
         let store = self.store.clone();
         let held = HeldLease::new(store, lease, taken_at, usable_from, lease_duration, seed);
@@ -252,7 +311,8 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let worker = || self.settings.worker.clone();
         match action {
             Action::Take(lease) | Action::Force(lease) => {
-                let taken = self.store.update(lease, &Change::Take { worker: worker() }).await?;
+                let take = Change::Take { worker: worker(), at: (self.settings.wall_clock)() };
+                let taken = self.store.update(lease, &take).await?;
                 tracing::info!(
                     shard = %taken.shard, counter = taken.counter, checkpoint = %taken.checkpoint,
                     from = lease.reader().unwrap_or("nobody"), "lease taken"

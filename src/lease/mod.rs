@@ -60,6 +60,33 @@ pub struct Lease {
     /// Raised to make workers that only watch this row look at the whole table. Ours; the KCL leaves
     /// it alone.
     pub bell: u64,
+    /// What a reader noted about itself; see [`current_note`](Self::current_note).
+    pub note: Option<ReaderNote>,
+}
+
+/// What the reader of a shard notes beside its lease, for those who look at the table. Ours: nothing is
+/// decided by it, and the KCL leaves it alone, so it may be that of an earlier reader.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReaderNote {
+    /// The worker that wrote it.
+    pub reader: String,
+    /// When it took the lease, by its own clock, in whole milliseconds.
+    pub since: Timestamp,
+    /// The lease's counter then.
+    pub from_counter: u64,
+    /// What last kept it from getting on.
+    pub trouble: Option<Trouble>,
+}
+
+/// What kept a reader from getting on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// In words, for the person who looks at the table.
+    pub text: String,
+    /// Since when, by the reader's clock, in whole milliseconds.
+    pub at: Timestamp,
+    /// Whether it gets on again.
+    pub is_over: bool,
 }
 
 impl Lease {
@@ -78,12 +105,18 @@ impl Lease {
             hash_key_range: shard.hash_key_range,
             unreadable: false,
             bell: 0,
+            note: None,
         }
     }
 
     /// The worker that reads the shard: during a hand-over still the old one.
     pub fn reader(&self) -> Option<&str> {
         self.checkpoint_owner.as_deref().or(self.owner.as_deref())
+    }
+
+    /// What the present reader noted.
+    pub fn current_note(&self) -> Option<&ReaderNote> {
+        self.note.as_ref().filter(|note| self.reader() == Some(&note.reader))
     }
 
     /// Whether the shard is finished.
@@ -96,11 +129,22 @@ impl Lease {
         let mut lease = Self { counter: self.counter.saturating_add(1), ..self.clone() };
         match change {
             Change::Renew => {}
-            Change::Take { worker } => {
+            Change::Note { trouble } => {
+                if let Some(note) = &mut lease.note {
+                    note.trouble = Some(trouble.clone());
+                }
+            }
+            Change::Take { worker, at } => {
                 let moved = self.reader().is_some_and(|reader| reader != worker);
                 lease.owner_switches_since_checkpoint += u64::from(moved);
                 lease.owner = Some(worker.clone());
                 lease.checkpoint_owner = None;
+                lease.note = Some(ReaderNote {
+                    reader: worker.clone(),
+                    since: whole_millis(*at),
+                    from_counter: lease.counter,
+                    trouble: None,
+                });
             }
             Change::Ask { worker } => {
                 // As the KCL's leader does it: the counter stays, so the reader's next renewal
@@ -150,10 +194,17 @@ impl Lease {
 pub enum Change {
     /// Show that the owner is alive.
     Renew,
+    /// The same, and note what keeps it from getting on, or that it does again.
+    Note {
+        /// The trouble.
+        trouble: Trouble,
+    },
     /// Become the owner.
     Take {
         /// The new owner.
         worker: String,
+        /// The time now, which is noted for those who look at the table.
+        at: Timestamp,
     },
     /// Ask the owner to hand the lease over: it finishes its batch, checkpoints and lets go.
     Ask {
@@ -190,6 +241,11 @@ pub enum Change {
         /// The last checkpoint.
         checkpoint: Option<Checkpoint>,
     },
+}
+
+/// A time as the table keeps it.
+pub(crate) fn whole_millis(at: Timestamp) -> Timestamp {
+    Timestamp::from_millisecond(at.as_millisecond()).unwrap_or(at)
 }
 
 /// Where leases are kept: DynamoDB, or memory for tests.
@@ -330,6 +386,23 @@ pub enum LeaseError {
         /// Where its lease stands.
         checkpoint: Checkpoint,
     },
+    /// The table is that of an application that reads one stream where this one reads several, or the
+    /// reverse: the keys differ, so the streams would be started over.
+    #[error(
+        "lease table {table} has the lease {key}, of an application that reads {}; this one reads {}, \
+         names its leases in another way, and would start over: read as another application, or with \
+         another lease table",
+        if *.several { "several streams" } else { "one stream" },
+        if *.several { "one" } else { "several" }
+    )]
+    OtherKeys {
+        /// The table.
+        table: String,
+        /// The key of one such row.
+        key: ShardId,
+        /// Whether the row is that of one of several streams.
+        several: bool,
+    },
     /// A row of the table is a lease but cannot be read as one.
     #[error(
         "lease table {table}, row {row}: attribute {attribute} is missing or has the wrong type; \
@@ -423,7 +496,14 @@ mod tests {
         let seen = lease(Some("other"), 4);
         let renewed = Some(lease(Some("other"), 5));
         let lost = Verdict::Lost { owner: Some("other".into()) };
-        assert_eq!(judged(&seen, &Change::Take { worker: "me".into() }, renewed), lost);
+        assert_eq!(
+            judged(
+                &seen,
+                &Change::Take { worker: "me".into(), at: Timestamp::UNIX_EPOCH },
+                renewed
+            ),
+            lost
+        );
     }
 
     #[test]
@@ -438,6 +518,19 @@ mod tests {
         assert_eq!(judged(&seen, &reset, Some(seen.after(&Change::Renew))), lost);
         let lost = Verdict::Lost { owner: None };
         assert_eq!(judged(&seen, &Change::Renew, Some(after)), lost, "the reader learns of it");
+    }
+
+    #[test]
+    fn a_note_is_of_use_only_while_it_names_the_reader() {
+        let at = Timestamp::UNIX_EPOCH;
+        let taken = lease(None, 4).after(&Change::Take { worker: "me".into(), at });
+        let trouble = Trouble { text: "the database is away".into(), at, is_over: false };
+        let troubled = taken.after(&Change::Note { trouble: trouble.clone() });
+        let note = troubled.current_note().expect("my note");
+        assert_eq!((note.from_counter, note.since), (5, at));
+        assert_eq!(note.trouble, Some(trouble));
+        let by_kcl = Lease { owner: Some("other".into()), ..troubled };
+        assert_eq!(by_kcl.current_note(), None, "a worker that writes no notes took it");
     }
 
     #[test]

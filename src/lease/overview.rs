@@ -43,7 +43,7 @@ pub enum State {
 /// One shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ShardOverview {
-    /// Its name.
+    /// Its name; with the stream's identifier before it where several are read.
     pub shard: ShardId,
     /// The shards that come before it.
     pub parents: Vec<ShardId>,
@@ -65,6 +65,16 @@ pub struct ShardOverview {
     pub sub_sequence_number: u64,
     /// The point in time for the checkpoints `LATEST` and `AT_TIMESTAMP`.
     pub start_at: Option<Timestamp>,
+    /// When its reader took the lease, by the reader's clock. KCL workers do not tell.
+    pub since: Option<Timestamp>,
+    /// How often its reader has renewed the lease since, checkpoints included.
+    pub renewals: Option<u64>,
+    /// What last kept its reader from getting on.
+    pub last_error: Option<String>,
+    /// When that began, or, if it is over, ended.
+    pub last_error_at: Option<Timestamp>,
+    /// Whether the reader gets on again.
+    pub last_error_is_over: Option<bool>,
     /// How often the lease was written.
     pub counter: Option<u64>,
     /// How often it moved to another worker since its last checkpoint.
@@ -111,6 +121,8 @@ pub fn shards(
                 .map(|parent| (*parent).clone())
                 .collect();
             let readable = lease.filter(|lease| !lease.unreadable);
+            let note = readable.and_then(Lease::current_note);
+            let trouble = note.and_then(|note| note.trouble.as_ref());
             let owner = readable.and_then(Lease::reader).map(str::to_owned);
             let renewed = owner.as_ref().and_then(|_| observed.is_renewed(id, limit, now));
             let state = match lease {
@@ -142,6 +154,13 @@ pub fn shards(
                 checkpoint: readable.map(|lease| lease.checkpoint.as_str().to_owned()),
                 sub_sequence_number: readable.map_or(0, |l| l.checkpoint.sub_sequence_number()),
                 start_at: readable.and_then(|lease| lease.start_at),
+                since: note.map(|note| note.since),
+                renewals: readable
+                    .zip(note)
+                    .map(|(lease, note)| lease.counter.saturating_sub(note.from_counter)),
+                last_error: trouble.map(|trouble| trouble.text.clone()),
+                last_error_at: trouble.map(|trouble| trouble.at),
+                last_error_is_over: trouble.map(|trouble| trouble.is_over),
                 counter: readable.map(|lease| lease.counter),
                 owner_switches_since_checkpoint: readable
                     .map_or(0, |lease| lease.owner_switches_since_checkpoint),
@@ -211,8 +230,9 @@ mod tests {
             shard("g", &["f"]),
             shard("h", &[]),
         ];
+        let at = Timestamp::UNIX_EPOCH;
         let mut leases = vec![
-            lease("a", &[], Some("w1"), "17"),
+            lease("a", &[], None, "17").after(&Change::Take { worker: "w1".into(), at }),
             lease("b", &["a"], None, "TRIM_HORIZON"),
             lease("c", &[], Some("w2"), "18"),
             lease("d", &[], Some("w1"), "19").after(&Change::Ask { worker: "w3".into() }),
@@ -254,6 +274,8 @@ mod tests {
         assert_eq!(later[0], ("a".into(), State::NotRenewed));
 
         let shards = shards(&listed, &leases, &observed, LIMIT, began + LIMIT);
+        assert_eq!((shards[0].since, shards[0].renewals), (Some(at), Some(1)));
+        assert_eq!((shards[2].since, shards[2].renewals), (None, None), "no note");
         assert_eq!(shards[1].waiting_for, [ShardId::from("a")]);
         let workers: Vec<_> = workers(&shards)
             .into_iter()

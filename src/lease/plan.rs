@@ -27,6 +27,9 @@ const USE_FOR: f64 = 0.9;
 /// A free lease that the worker it falls to has not taken for this long is for anyone.
 const LEFT_LYING_AFTER: Duration = Duration::from_secs(3);
 
+/// A lease that is free for this long is taken by nobody.
+const UNREAD_AFTER: Duration = Duration::from_secs(10);
+
 /// How often a worker looks at the table when no other worker is in it.
 const ALONE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the two workers that watch the table for all look at it, and the others at its bell.
@@ -102,6 +105,11 @@ pub struct Planner<'a> {
     pub adopt: bool,
     /// The most leases it may hold.
     pub max_leases: usize,
+    /// Whether it takes no more than it has, because it is behind or short of something.
+    pub refuses: bool,
+    /// Leases that it gave up because it did not get on with them, and until when it leaves them to
+    /// others.
+    pub given_up: &'a BTreeMap<ShardId, Instant>,
     /// How long a lease lasts without renewal.
     pub lease_duration: Duration,
     /// How long a reader that was asked may take to let go.
@@ -145,7 +153,8 @@ pub fn plan(
     let mut actions = Vec::new();
     let mut left_over = Vec::new();
     for lease in &startable {
-        if planner.held.contains(&lease.shard) {
+        let given_up = planner.given_up.get(&lease.shard).is_some_and(|until| now < *until);
+        if planner.held.contains(&lease.shard) || given_up {
             continue;
         }
         match own_row(lease, observed, planner, now) {
@@ -167,7 +176,10 @@ pub fn plan(
             .map(Action::Delete),
     );
     // What was ours before, and then what is: never more than allowed.
-    let mut room = planner.max_leases.saturating_sub(planner.held.len() + planner.asked.len());
+    let mut room = match planner.refuses {
+        true => 0,
+        false => planner.max_leases.saturating_sub(planner.held.len() + planner.asked.len()),
+    };
     actions.retain(|action| match action {
         Action::Take(lease) if planner.asked.contains_key(&lease.shard) => true,
         Action::Take(_) | Action::Ask(_) if room == 0 => false,
@@ -308,6 +320,22 @@ fn is_done_with(lease: &Lease, snapshot: &[Lease]) -> bool {
         && !snapshot.iter().any(|other| lease.parents.contains(&other.shard))
 }
 
+/// The leases that could be read and have been free for longer than any living worker leaves them: every
+/// worker has as many as it takes.
+pub fn left_unread<'a>(
+    snapshot: &'a [Lease],
+    observed: &Observations,
+    now: Instant,
+) -> Vec<&'a Lease> {
+    let unfinished = unfinished(snapshot);
+    snapshot
+        .iter()
+        .filter(|lease| !lease.is_finished() && !lease.unreadable && lease.owner.is_none())
+        .filter(|lease| lease.parents.iter().all(|parent| !unfinished.contains(parent)))
+        .filter(|lease| observed.unmoved_for(&lease.shard, now) > UNREAD_AFTER)
+        .collect()
+}
+
 /// Whether some unfinished shard has, as far as this worker can tell, nobody who reads it: its lease is
 /// free, or its reader was not seen to move it.
 pub fn unattended(snapshot: &[Lease], observed: &Observations, held: &BTreeSet<ShardId>) -> bool {
@@ -432,6 +460,8 @@ mod tests {
     struct Me {
         held: BTreeSet<ShardId>,
         asked: BTreeMap<ShardId, Instant>,
+        refuses: bool,
+        given_up: BTreeMap<ShardId, Instant>,
         observed: Observations,
         adopt: bool,
         max_leases: usize,
@@ -443,6 +473,8 @@ mod tests {
             Self {
                 held: BTreeSet::new(),
                 asked: BTreeMap::new(),
+                refuses: false,
+                given_up: BTreeMap::new(),
                 observed: Observations::default(),
                 adopt: false,
                 max_leases: usize::MAX,
@@ -463,6 +495,8 @@ mod tests {
                 asked: &self.asked,
                 adopt: self.adopt,
                 max_leases: self.max_leases,
+                refuses: self.refuses,
+                given_up: &self.given_up,
                 lease_duration: DURATION,
                 hand_over_limit: LIMIT,
                 finished_kept_for: KEPT,
@@ -530,6 +564,8 @@ mod tests {
             asked: &me.asked,
             adopt: false,
             max_leases: usize::MAX,
+            refuses: false,
+            given_up: &me.given_up,
             lease_duration: DURATION,
             hand_over_limit: LIMIT,
             finished_kept_for: KEPT,
@@ -609,6 +645,38 @@ mod tests {
         me.max_leases = 2;
         assert_eq!(me.plans(&owned(&["me", "", "", ""])), ["take 1"]);
         assert!(me.plans(&owned(&["me", "me", "a", "a", "a", "a", "a"])).is_empty());
+    }
+
+    #[test]
+    fn a_worker_that_refuses_more_keeps_what_it_has_and_completes_what_it_asked_for() {
+        let mut me = Me::new();
+        me.refuses = true;
+        assert!(me.plans(&owned(&["me", "", "a", "a", "a"])).is_empty());
+        me.asked.insert("1".into(), me.now);
+        me.held.clear();
+        let planner_sees = owned(&["a", "me", ""]);
+        assert_eq!(me.plans_as_new(&planner_sees), ["take 1"], "it was handed over to it");
+    }
+
+    #[test]
+    fn a_lease_that_was_given_up_is_left_to_others_for_a_while() {
+        let mut me = Me::new();
+        me.given_up.insert("1".into(), me.now + DURATION);
+        let table = owned(&["me", "", ""]);
+        assert_eq!(me.plans(&table), ["take 2"]);
+        me.now += DURATION;
+        assert_eq!(me.plans(&table), ["take 1", "take 2"]);
+    }
+
+    #[test]
+    fn what_every_worker_refuses_is_noticed() {
+        let mut me = Me::new();
+        let table = owned(&["a", "", "me"]);
+        me.plans(&table);
+        assert!(left_unread(&table, &me.observed, me.now).is_empty());
+        let later = me.now + UNREAD_AFTER + Duration::from_millis(1);
+        let unread = left_unread(&table, &me.observed, later);
+        assert_eq!(unread.iter().map(|lease| lease.shard.as_str()).collect::<Vec<_>>(), ["1"]);
     }
 
     #[test]
@@ -704,6 +772,8 @@ mod tests {
                 asked: &asked,
                 adopt: false,
                 max_leases: usize::MAX,
+                refuses: false,
+                given_up: &asked,
                 lease_duration: DURATION,
                 hand_over_limit: LIMIT,
                 finished_kept_for: KEPT,

@@ -7,7 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
-use super::{Change, Lease, LeaseError, LeaseStore, missing::ancestors, plan::bell_row};
+use super::{
+    Change, Lease, LeaseError, LeaseStore, missing::ancestors, plan::bell_row, whole_millis,
+};
 use crate::{
     checkpoint::{Checkpoint, Position},
     shard::{SequenceNumber, Shard, ShardId},
@@ -35,12 +37,10 @@ pub enum ResetTo {
 
 impl ResetTo {
     fn checkpoint(&self) -> (Checkpoint, Option<Timestamp>) {
-        // The table keeps milliseconds.
-        let millis = |at: Timestamp| Timestamp::from_millisecond(at.as_millisecond()).unwrap_or(at);
         match self {
-            Self::Latest { from } => (Checkpoint::Latest, Some(millis(*from))),
+            Self::Latest { from } => (Checkpoint::Latest, Some(whole_millis(*from))),
             Self::TrimHorizon => (Checkpoint::TrimHorizon, None),
-            Self::Time(at) => (Checkpoint::AtTimestamp, Some(millis(*at))),
+            Self::Time(at) => (Checkpoint::AtTimestamp, Some(whole_millis(*at))),
             Self::SequenceNumber(number) => {
                 let sequence_number = number.clone();
                 let position = Position { sequence_number, sub_sequence_number: 0 };
@@ -418,7 +418,10 @@ mod tests {
         let seen = vec![lease];
         let to = ResetTo::TrimHorizon;
         let rewrites = plan_reset(&resharded(), &seen, &only(&["1"]), &to, now()).expect("a plan");
-        store.update(&seen[0], &Change::Take { worker: "w".into() }).await.expect("taken");
+        store
+            .update(&seen[0], &Change::Take { worker: "w".into(), at: Timestamp::UNIX_EPOCH })
+            .await
+            .expect("taken");
         let refused = write_reset(&store, &seen, &rewrites, false).await;
         assert!(matches!(refused, Err(LeaseError::Lost { .. })), "{refused:?}");
         write_reset(&store, &seen, &rewrites, true).await.expect("forced");

@@ -6,14 +6,81 @@ use std::{cmp::Ordering, fmt, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
-/// The name of a shard, such as `shardId-000000000000`. Cheap to clone.
+/// A shard among all those that a worker reads. Cheap to clone.
+///
+/// Of a worker that reads one stream it is the name that Kinesis gave, `shardId-000000000000`. Where
+/// several streams are read, the stream's identifier stands before the name, as in the KCL's multi-stream
+/// lease keys: `123456789012:ctd-ocs-raw-messages:1625148000:shardId-000000000000`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ShardId(Arc<str>);
 
 impl ShardId {
-    /// The id as Kinesis writes it.
+    /// The whole of it: the key of the shard's lease.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The name as Kinesis writes it.
+    pub fn name(&self) -> &str {
+        self.0.rsplit_once(':').map_or(&self.0, |(_, name)| name)
+    }
+
+    /// The stream, where several are read.
+    pub fn stream(&self) -> Option<StreamIdentifier> {
+        self.0.rsplit_once(':').and_then(|(stream, _)| StreamIdentifier::parse(stream))
+    }
+
+    /// Another shard of the same stream.
+    pub(crate) fn sibling(&self, name: &str) -> Self {
+        match self.0.rsplit_once(':') {
+            Some((stream, _)) => Self(format!("{stream}:{name}").into()),
+            None => Self(name.into()),
+        }
+    }
+}
+
+/// One of several streams that a worker reads, as the KCL names it: `account:name:creationEpochSeconds`
+/// (`StreamIdentifier` of amazon-kinesis-client). A stream that was deleted and made again has another.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StreamIdentifier(Arc<str>);
+
+impl StreamIdentifier {
+    /// `None` unless `text` is digits, a name without colons, and digits that are not all zero, with
+    /// colons between them.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split(':');
+        let (account, name, epoch) = (parts.next()?, parts.next()?, parts.next()?);
+        let digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        let valid = digits(account) && !name.is_empty() && digits(epoch);
+        (valid && epoch.bytes().any(|b| b != b'0') && parts.next().is_none())
+            .then(|| Self(text.into()))
+    }
+
+    /// The whole of it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The stream's name.
+    pub fn name(&self) -> &str {
+        self.0.split(':').nth(1).unwrap_or_default()
+    }
+
+    /// A shard of the stream, by the name that Kinesis gave it.
+    pub fn shard(&self, name: &str) -> ShardId {
+        ShardId(format!("{self}:{name}").into())
+    }
+
+    /// Whether both are streams of one account and name, made at different times.
+    pub fn is_made_again(&self, other: &Self) -> bool {
+        let without_epoch = |id: &Self| id.0.rsplit_once(':').map(|(rest, _)| rest.to_owned());
+        self != other && without_epoch(self) == without_epoch(other)
+    }
+}
+
+impl fmt::Display for StreamIdentifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
     }
 }
 
@@ -148,6 +215,28 @@ mod tests {
         assert_eq!(number("007"), number("7"));
         assert_eq!(number("007").as_str(), "007", "the text is kept as it came");
         assert!(number("0") < number("1"));
+    }
+
+    #[test]
+    fn a_shard_of_several_streams_is_named_as_the_kcl_names_its_lease() {
+        let stream = StreamIdentifier::parse("123456789012:ocs:1625148000").expect("an identifier");
+        let shard = stream.shard("shardId-000000000003");
+        assert_eq!(shard.as_str(), "123456789012:ocs:1625148000:shardId-000000000003");
+        assert_eq!((shard.name(), shard.stream()), ("shardId-000000000003", Some(stream.clone())));
+        assert_eq!(stream.name(), "ocs");
+        assert_eq!(shard.sibling("shardId-000000000004").stream(), Some(stream.clone()));
+        let alone = ShardId::from("shardId-000000000003");
+        assert_eq!((alone.name(), alone.stream()), ("shardId-000000000003", None));
+        assert_eq!(alone.sibling("shardId-000000000004"), "shardId-000000000004".into());
+
+        let again = StreamIdentifier::parse("123456789012:ocs:1625149000").expect("an identifier");
+        let other =
+            StreamIdentifier::parse("123456789012:other:1625148000").expect("an identifier");
+        assert!(stream.is_made_again(&again) && !stream.is_made_again(&stream));
+        assert!(!stream.is_made_again(&other));
+        for wrong in ["", "ocs", "1:ocs", "a:ocs:1", "1::1", "1:ocs:0", "1:ocs:", "1:o:c:1"] {
+            assert_eq!(StreamIdentifier::parse(wrong), None, "{wrong:?}");
+        }
     }
 
     #[test]

@@ -50,7 +50,7 @@ pub(super) async fn subscribe(
         .client()
         .subscribe_to_shard()
         .consumer_arn(consumer_arn)
-        .shard_id(shard.as_str())
+        .shard_id(shard.name())
         .set_starting_position(position.build().ok())
         .send()
         .await
@@ -88,7 +88,9 @@ impl Subscription {
             let SubscribeToShardEventStream::SubscribeToShardEvent(event) = event else {
                 continue;
             };
-            let children = event.child_shards.as_deref().map(children).filter(|c| !c.is_empty());
+            let named = event.child_shards.as_deref();
+            let children =
+                named.map(|named| children(&self.shard, named)).filter(|c| !c.is_empty());
             let next = SequenceNumber::parse(event.continuation_sequence_number);
             let end = if next.is_none() { children.clone() } else { None };
             self.closing = children.filter(|_| event.records.is_empty());

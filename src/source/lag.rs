@@ -18,6 +18,9 @@ pub(crate) struct Lag {
     pub finished_arrived_at: Option<Timestamp>,
     /// How long reading from there is behind; `None` if the server does not tell.
     pub behind: Option<Duration>,
+    /// How many records come after it. Kinesis tells no number, but whether there is one: this is zero or
+    /// not known.
+    pub records: Option<u64>,
 }
 
 /// What one read of at most one record gave.
@@ -109,6 +112,7 @@ fn judge(place: &Place, first: &Probe, second: Option<&Probe>, now: Timestamp) -
     Lag {
         finished_arrived_at: first.arrived_at.filter(|_| finished),
         behind: told.max(waited).or(second.and_then(|probe| probe.behind)).or(first.behind),
+        records: unread.is_some_and(|probe| probe.number.is_none() && told.is_none()).then_some(0),
     }
 }
 
@@ -152,6 +156,8 @@ mod tests {
         let first = record("7", 60, zero);
         assert!(needs_second(&place, &first));
         let behind = |second: &Probe| judge(&place, &first, Some(second), now()).behind;
+        assert_eq!(judge(&place, &first, Some(&nothing(zero)), now()).records, Some(0));
+        assert_eq!(judge(&place, &first, Some(&record("8", 20, zero)), now()).records, None);
         assert_eq!(behind(&nothing(zero)), zero);
         assert_eq!(behind(&record("8", 20, zero)), Some(20 * SECOND));
         assert_eq!(behind(&record("8", -2, zero)), zero, "its clock is ahead of ours");

@@ -9,6 +9,7 @@ mod lag;
 mod polling;
 mod prefetch;
 mod stream;
+mod streams;
 
 use std::time::Duration;
 
@@ -17,8 +18,9 @@ use serde::Deserialize;
 
 #[cfg(feature = "cli")]
 pub(crate) use lag::Lag;
-pub(crate) use prefetch::Prefetch;
+pub(crate) use prefetch::{Failing, Prefetch};
 pub(crate) use stream::Stream;
+pub(crate) use streams::Streams;
 
 use crate::{
     aws::{AwsError, AwsErrorKind},
@@ -86,8 +88,19 @@ pub enum SourceError {
         /// How long.
         waited_secs: u64,
     },
+    /// Kinesis says of a stream neither whose it is nor when it was made.
+    #[error(
+        "stream {stream} cannot be read beside others: its ARN {arn:?} or its time of creation does not \
+         tell it apart; read it by a worker of its own"
+    )]
+    Identity {
+        /// The stream.
+        stream: String,
+        /// Its ARN.
+        arn: String,
+    },
     /// A shard could not be read.
-    #[error("stream {stream}, shard {shard}, at {place}: {source}")]
+    #[error("stream {stream}, shard {}, at {place}: {source}", shard.name())]
     Shard {
         /// The stream.
         stream: String,
@@ -327,7 +340,7 @@ impl SourceError {
                 source.is_transient() || source.kind() == AwsErrorKind::ExpiredIterator
             }
             Self::NotActive { .. } => true,
-            Self::NoStream { .. } | Self::ConsumerQuota { .. } => false,
+            Self::NoStream { .. } | Self::ConsumerQuota { .. } | Self::Identity { .. } => false,
         }
     }
 }
@@ -352,12 +365,13 @@ fn record(record: aws_sdk_kinesis::types::Record) -> Option<Record> {
     })
 }
 
-fn children(named: &[aws_sdk_kinesis::types::ChildShard]) -> Vec<ChildShard> {
+/// The child shards that the last read of `parent` named.
+fn children(parent: &ShardId, named: &[aws_sdk_kinesis::types::ChildShard]) -> Vec<ChildShard> {
     named
         .iter()
         .map(|child| ChildShard {
-            id: child.shard_id.as_str().into(),
-            parents: child.parent_shards.iter().map(|parent| parent.as_str().into()).collect(),
+            id: parent.sibling(&child.shard_id),
+            parents: child.parent_shards.iter().map(|name| parent.sibling(name)).collect(),
             hash_key_range: child.hash_key_range.as_ref().and_then(stream::hash_key_range),
         })
         .collect()

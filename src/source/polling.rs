@@ -34,7 +34,7 @@ pub(super) async fn iterate(
     place: &Place,
 ) -> Result<ShardIterator, AwsError> {
     let call =
-        stream.client().get_shard_iterator().stream_name(stream.name()).shard_id(shard.as_str());
+        stream.client().get_shard_iterator().stream_name(stream.name()).shard_id(shard.name());
     let call = match place {
         Place::TrimHorizon => call.shard_iterator_type(ShardIteratorType::TrimHorizon),
         Place::Latest => call.shard_iterator_type(ShardIteratorType::Latest),
@@ -99,7 +99,7 @@ impl ShardIterator {
         named: Option<&[aws_sdk_kinesis::types::ChildShard]>,
     ) -> Result<Option<Vec<ChildShard>>, AwsError> {
         if let Some(named) = named.filter(|named| !named.is_empty()) {
-            return Ok(Some(children(named)));
+            return Ok(Some(children(&self.shard, named)));
         }
         let listed = stream.list_shards().await?;
         if !listed.iter().any(|shard| shard.id == self.shard && shard.closed) {

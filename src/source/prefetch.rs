@@ -25,6 +25,15 @@ pub(crate) struct Prefetch {
     task: JoinHandle<()>,
 }
 
+/// How reading goes.
+pub(crate) enum Failing<'a> {
+    /// A read failed, and the one before it did not: what was said of the shard's tip is not known any
+    /// more.
+    Since(&'a SourceError),
+    /// Reads succeed again, after this.
+    NoMore(&'a str),
+}
+
 /// A read, and the part of the buffer that it takes until it is dropped.
 pub(crate) struct Prefetched {
     pub read: Read,
@@ -35,11 +44,11 @@ impl Prefetch {
     /// Reads ahead until `limit_bytes` of records wait to be handled. The read in hand comes on top: at
     /// most 10 MiB, the largest answer of Kinesis.
     ///
-    /// `failing` is called whenever a read fails: what was said of the shard's tip is not known any more.
+    /// `failing` is called when reads begin to fail, and when they no longer do.
     pub(crate) fn start(
         reader: ShardReader,
         limit_bytes: u32,
-        failing: impl Fn() + Send + Sync + 'static,
+        failing: impl Fn(Failing<'_>) + Send + Sync + 'static,
     ) -> Self {
         let (sender, reads) = mpsc::unbounded_channel();
         Self {
@@ -63,13 +72,14 @@ impl Drop for Prefetch {
 async fn run(
     mut reader: ShardReader,
     limit_bytes: u32,
-    failing: impl Fn() + Send,
+    failing: impl Fn(Failing<'_>) + Send,
     sender: mpsc::UnboundedSender<Result<Prefetched, SourceError>>,
 ) {
     let limit_bytes = limit_bytes.max(1);
     let room = Arc::new(Semaphore::new(limit_bytes as usize));
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
     let mut failures = 0_u32;
+    let mut failed = String::new();
     let mut remind_at = Instant::now();
     loop {
         let read = match reader.read().await {
@@ -80,8 +90,11 @@ async fn run(
                 return;
             }
             Err(error) => {
-                failing();
+                if failures == 0 {
+                    failing(Failing::Since(&error));
+                }
                 failures += 1;
+                failed = error.to_string();
                 if Instant::now() >= remind_at {
                     remind_at = Instant::now() + REMINDER_INTERVAL;
                     tracing::warn!(failures, "{error}; trying again until it works");
@@ -95,6 +108,7 @@ async fn run(
                 stream = reader.stream.name(), shard = %reader.shard,
                 "reading again after {failures} failed attempts"
             );
+            failing(Failing::NoMore(&failed));
             failures = 0;
             remind_at = Instant::now();
             backoff.reset();

@@ -10,7 +10,7 @@ use std::{
 
 use aws_sdk_kinesis::{
     Client,
-    types::{ConsumerStatus, StreamStatus},
+    types::{ConsumerStatus, StreamDescriptionSummary, StreamStatus},
 };
 use aws_types::SdkConfig;
 use tokio::time::Instant;
@@ -19,7 +19,7 @@ use super::{Retrieval, SourceError};
 use crate::{
     aws::{self, AwsError, AwsErrorKind},
     backoff::Backoff,
-    shard::{HashKeyRange, SequenceNumber, Shard},
+    shard::{HashKeyRange, SequenceNumber, Shard, StreamIdentifier},
 };
 
 /// How long a stream or a consumer may take to become active.
@@ -40,6 +40,8 @@ struct Inner {
     was_read: AtomicBool,
     /// Set when the server turns out not to know fan-out.
     polling: OnceLock<()>,
+    /// Set where this is one of several streams: it stands before the names of its shards.
+    identifier: OnceLock<StreamIdentifier>,
 }
 
 #[derive(Debug, Clone)]
@@ -66,6 +68,7 @@ impl Stream {
             consumer: Mutex::new(None),
             was_read: AtomicBool::new(false),
             polling: OnceLock::new(),
+            identifier: OnceLock::new(),
         }))
     }
 
@@ -75,6 +78,11 @@ impl Stream {
 
     pub(crate) fn shared_name(&self) -> Arc<str> {
         self.0.name.clone()
+    }
+
+    /// What stands before the names of its shards, where it is one of several streams.
+    pub(crate) fn identifier(&self) -> Option<&StreamIdentifier> {
+        self.0.identifier.get()
     }
 
     pub(super) fn client(&self) -> &Client {
@@ -130,7 +138,7 @@ impl Stream {
     /// Waits until the stream can be read, and registers the fan-out consumer `name` if it is to be
     /// used.
     pub(crate) async fn open(&self, consumer_name: &str) -> Result<(), SourceError> {
-        let stream_arn = self.until_active_stream().await?;
+        let stream_arn = self.until_active_stream().await?.stream_arn;
         if self.0.retrieval == Retrieval::Polling {
             return Ok(());
         }
@@ -148,8 +156,26 @@ impl Stream {
         }
     }
 
-    /// Waits until the stream is active and gives its ARN.
-    pub(crate) async fn until_active_stream(&self) -> Result<String, SourceError> {
+    /// Makes it one of several streams, whose shards are told apart by the stream's identifier.
+    pub(crate) async fn be_one_of_several(&self) -> Result<(), SourceError> {
+        let summary = self.until_active_stream().await?;
+        // arn:aws:kinesis:us-east-1:123456789012:stream/name
+        let account = summary.stream_arn.split(':').nth(4).unwrap_or_default();
+        let epoch = summary.stream_creation_timestamp.secs();
+        let identifier = StreamIdentifier::parse(&format!("{account}:{}:{epoch}", self.name()))
+            .ok_or_else(|| SourceError::Identity {
+                stream: self.name().to_owned(),
+                arn: summary.stream_arn,
+            })?;
+        // It stays what it was first: the leases are kept under it.
+        let _ = self.0.identifier.set(identifier);
+        Ok(())
+    }
+
+    /// Waits until the stream is active and gives what Kinesis says of it.
+    pub(crate) async fn until_active_stream(
+        &self,
+    ) -> Result<StreamDescriptionSummary, SourceError> {
         self.until_active("the stream", || async {
             let answer = self
                 .client()
@@ -161,7 +187,7 @@ impl Stream {
                     self.failed(aws::failure("kinesis:DescribeStreamSummary", error))
                 })?;
             Ok(answer.stream_description_summary.and_then(|stream| match stream.stream_status {
-                StreamStatus::Active | StreamStatus::Updating => Some(stream.stream_arn),
+                StreamStatus::Active | StreamStatus::Updating => Some(stream),
                 _ => None,
             }))
         })
@@ -269,7 +295,8 @@ impl Stream {
             };
             let answer =
                 call.send().await.map_err(|error| aws::failure("kinesis:ListShards", error))?;
-            shards.extend(answer.shards.unwrap_or_default().into_iter().map(shard));
+            let listed = answer.shards.unwrap_or_default();
+            shards.extend(listed.into_iter().map(|listed| shard(listed, self.identifier())));
             next_token = answer.next_token;
             if next_token.is_none() {
                 return Ok(shards);
@@ -288,14 +315,15 @@ impl Stream {
     }
 }
 
-fn shard(shard: aws_sdk_kinesis::types::Shard) -> Shard {
+fn shard(shard: aws_sdk_kinesis::types::Shard, stream: Option<&StreamIdentifier>) -> Shard {
     let range = shard.sequence_number_range;
+    let id = |name: String| stream.map_or_else(|| name.as_str().into(), |s| s.shard(&name));
     Shard {
-        id: shard.shard_id.into(),
+        id: id(shard.shard_id),
         parents: [shard.parent_shard_id, shard.adjacent_parent_shard_id]
             .into_iter()
             .flatten()
-            .map(Into::into)
+            .map(id)
             .collect(),
         hash_key_range: shard.hash_key_range.as_ref().and_then(hash_key_range),
         closed: range.as_ref().is_some_and(|range| range.ending_sequence_number.is_some()),

@@ -9,6 +9,7 @@
 mod settings;
 mod shard_task;
 mod signal;
+mod watchdog;
 
 use std::{
     collections::BTreeMap,
@@ -22,38 +23,44 @@ use std::{
 
 use jiff::Timestamp;
 use tokio::{
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-pub use settings::{StartPosition, WorkerBuilder};
+pub use settings::{Load, StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
+pub use watchdog::OnStuck;
 
 use crate::{
     aws::AwsErrorKind,
     handler::Handler,
     lease::{
-        self, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked, dynamodb::LeaseTable,
+        self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked,
+        dynamodb::LeaseTable,
     },
     shard::ShardId,
-    source::{SourceError, Stream},
+    source::{SourceError, Streams},
 };
 use settings::Settings;
 use shard_task::{Outcome, ShardTask};
+use watchdog::{Activity, Finding, Step, Watched};
 
 /// How long to wait when the lease table cannot be looked at.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How often the stream is asked for new shards; besides, it is asked whenever a shard ends.
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
 const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often shards are looked at that may not get on: a quarter of the limit, within these.
+const WATCH_AT_MOST_EVERY: Duration = Duration::from_millis(50);
+const WATCH_AT_LEAST_EVERY: Duration = Duration::from_secs(5);
 
-/// Reads a stream: takes leases, hands messages to one handler per shard, and checkpoints.
+/// Reads streams: takes leases, hands messages to one handler per shard, and checkpoints.
 ///
 /// Made by [`Worker::builder`]; runs until it is told to stop.
 pub struct Worker<F> {
-    stream: Stream,
+    streams: Streams,
     table: LeaseTable,
     settings: Settings,
     make_handler: F,
@@ -69,6 +76,8 @@ pub struct Report {
     pub messages: u64,
     /// Parts of records that are not raw OCS messages; they were written to stderr.
     pub undecodable: u64,
+    /// How often a shard was found not to get on.
+    pub stuck: u64,
 }
 
 /// Why a worker could not start, or stopped.
@@ -88,6 +97,12 @@ pub enum WorkerError {
     StartInFuture {
         /// The time.
         start: Timestamp,
+    },
+    /// A stream is named twice.
+    #[error("stream {stream} is named twice; name each stream once")]
+    StreamTwice {
+        /// The stream.
+        stream: String,
     },
     /// A name that AWS does not take.
     #[error(
@@ -157,6 +172,7 @@ struct Counters {
     records: AtomicU64,
     messages: AtomicU64,
     undecodable: AtomicU64,
+    stuck: AtomicU64,
     started: Instant,
     /// When the last record was read or handled, in milliseconds after `started`.
     active_millis: AtomicU64,
@@ -168,6 +184,7 @@ impl Counters {
             records: AtomicU64::new(0),
             messages: AtomicU64::new(0),
             undecodable: AtomicU64::new(0),
+            stuck: AtomicU64::new(0),
             started: Instant::now(),
             active_millis: AtomicU64::new(0),
         }
@@ -188,6 +205,7 @@ impl Counters {
             records: self.records.load(Ordering::Relaxed),
             messages: self.messages.load(Ordering::Relaxed),
             undecodable: self.undecodable.load(Ordering::Relaxed),
+            stuck: self.stuck.load(Ordering::Relaxed),
         }
     }
 }
@@ -197,7 +215,7 @@ impl WorkerError {
     fn is_final(&self) -> bool {
         match self {
             Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
-            Self::Lease(LeaseError::Outlived { .. }) => true,
+            Self::Lease(LeaseError::Outlived { .. } | LeaseError::OtherKeys { .. }) => true,
             Self::Lease(LeaseError::Table { source, .. }) => {
                 source.kind() == AwsErrorKind::NotFound
             }
@@ -237,7 +255,7 @@ where
             initial: self.settings.start.at(Timestamp::now()),
             stop: CancellationToken::new(),
             tasks: JoinSet::new(),
-            shard_of_task: BTreeMap::new(),
+            shards: BTreeMap::new(),
             leases: LeaseLoop::new(
                 self.table.clone(),
                 lease::Settings {
@@ -247,6 +265,7 @@ where
                     hand_over_limit: self.settings.hand_over_limit,
                     finished_kept_for: lease::FINISHED_KEPT_FOR,
                     seed: rand::random(),
+                    wall_clock: Timestamp::now,
                 },
             ),
             discover_at: None,
@@ -257,6 +276,9 @@ where
         let idle_limit = self.settings.stop_when_idle;
         let stop = running.stop.clone();
         let mut look_at = Instant::now();
+        let watch_interval =
+            (self.settings.watchdog / 4).clamp(WATCH_AT_MOST_EVERY, WATCH_AT_LEAST_EVERY);
+        let mut watch_at = Instant::now() + watch_interval;
         let result = loop {
             tokio::select! {
                 biased;
@@ -270,9 +292,13 @@ where
                 }
                 () = tokio::time::sleep(IDLE_CHECK_INTERVAL), if idle_limit.is_some() => {
                     if idle_limit.is_some_and(|limit| running.is_idle(limit)) {
-                        tracing::info!(stream = self.stream.name(), "nothing new: stopping");
+                        tracing::info!(streams = self.streams.names(), "nothing new: stopping");
                         break Ok(());
                     }
+                }
+                () = sleep_until(watch_at) => {
+                    running.watch();
+                    watch_at = Instant::now() + watch_interval;
                 }
                 () = sleep_until(look_at) => {
                     let mut look = pin!(running.look());
@@ -297,14 +323,24 @@ where
         let stopped = running.stop().await;
         let report = counters.report();
         tracing::info!(
-            stream = self.stream.name(),
+            streams = self.streams.names(),
             records = report.records,
             messages = report.messages,
             undecodable = report.undecodable,
+            stuck = report.stuck,
             "worker stopped"
         );
         result.and(stopped).map(|()| report)
     }
+}
+
+/// A shard whose task runs.
+struct RunningShard {
+    id: ShardId,
+    held: Arc<HeldLease<LeaseTable>>,
+    activity: Arc<Activity>,
+    watched: Watched,
+    task: AbortHandle,
 }
 
 /// The state of a running worker.
@@ -313,7 +349,7 @@ struct Running<'a, F> {
     initial: InitialPosition,
     stop: CancellationToken,
     tasks: JoinSet<Outcome>,
-    shard_of_task: BTreeMap<tokio::task::Id, ShardId>,
+    shards: BTreeMap<tokio::task::Id, RunningShard>,
     leases: LeaseLoop<LeaseTable>,
     /// When to ask for shards next; `None` means now.
     discover_at: Option<Instant>,
@@ -333,11 +369,17 @@ where
     /// worker.
     async fn look(&mut self) -> Result<Instant, WorkerError> {
         let had_looked = self.leases.has_looked();
-        let span = tracing::info_span!("worker", stream = self.worker.stream.name());
+        let load = Load {
+            shards: self.shards.len(),
+            most_behind: self.leases.held().filter_map(|held| held.behind()).max(),
+        };
+        self.leases.refuse(self.worker.settings.refuse_when.holds(&load));
+        let span = tracing::info_span!("worker", streams = self.worker.streams.names());
         let (again_at, error) = match self.try_look().instrument(span).await {
             Ok(Looked { again_at, error, taken }) => {
                 for held in taken {
-                    self.start(held).await;
+                    let shard = held.lease().await.shard;
+                    self.start(shard, held, Arc::new(Activity::new()), Watched::default());
                 }
                 (again_at, error.map(WorkerError::from))
             }
@@ -362,25 +404,39 @@ where
         if self.leases.watches_bell() || self.discover_at.is_some_and(|at| Instant::now() < at) {
             return Ok(self.leases.look(None).await?);
         }
-        let listed = self.worker.stream.shards().await?;
+        let listed = self.worker.streams.shards().await?;
         let looked = self.leases.look(Some((&listed, self.initial))).await?;
         self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
         Ok(looked)
     }
 
-    async fn start(&mut self, held: Arc<HeldLease<LeaseTable>>) {
-        let shard = held.lease().await.shard;
-        let task = ShardTask {
-            stream: self.worker.stream.clone(),
-            held,
+    /// Starts to read a shard, for the first time or again.
+    fn start(
+        &mut self,
+        id: ShardId,
+        held: Arc<HeldLease<LeaseTable>>,
+        activity: Arc<Activity>,
+        mut watched: Watched,
+    ) {
+        let Some(stream) = self.worker.streams.of(&id) else {
+            // The table gives only leases of our streams.
+            tracing::error!(shard = %id, "lease of a stream that is not read here: left to run out");
+            return held.give_up();
+        };
+        let shard_task = ShardTask {
+            stream: stream.clone(),
+            held: held.clone(),
+            activity: activity.clone(),
             initial: self.initial,
             stop: self.stop.clone(),
             counters: self.counters.clone(),
             settings: self.worker.settings.clone(),
         };
         self.counters.note_activity();
-        let id = self.tasks.spawn(task.run((self.worker.make_handler)(&shard))).id();
-        self.shard_of_task.insert(id, shard);
+        activity.enter(Step::Opens);
+        watched.started();
+        let task = self.tasks.spawn(shard_task.run((self.worker.make_handler)(&id)));
+        self.shards.insert(task.id(), RunningShard { id, held, activity, watched, task });
     }
 
     /// Takes note of a task that is over. Tells whether to look at the table at once.
@@ -389,19 +445,98 @@ where
             Ok((id, _)) => *id,
             Err(error) => error.id(),
         };
-        let shard = self.shard_of_task.remove(&id).unwrap_or_else(|| "unknown".into());
-        self.leases.done(&shard);
-        match done {
-            Ok((_, Outcome::Ended)) => {
+        let Some(shard) = self.shards.remove(&id) else { return Ok(false) };
+        let outcome = match done {
+            Ok((_, outcome)) => outcome,
+            Err(error) if error.is_cancelled() => return Ok(self.dropped(shard)),
+            Err(error) => Outcome::Failed(WorkerError::Panic {
+                shard: shard.id.clone(),
+                reason: panic_text(error),
+            }),
+        };
+        match outcome {
+            Outcome::GivenUp => self.leases.give_up(&shard.id),
+            _ => self.leases.done(&shard.id),
+        }
+        match outcome {
+            Outcome::Ended => {
                 self.counters.note_activity();
                 self.discover_at = None;
                 Ok(true)
             }
             // There is another worker: from now on its leases are watched too.
-            Ok((_, Outcome::HandedOver | Outcome::Lost)) => Ok(true),
-            Ok((_, Outcome::Stopped)) => Ok(false),
-            Ok((_, Outcome::Failed(error))) => Err(error),
-            Err(error) => Err(WorkerError::Panic { shard, reason: panic_text(error) }),
+            Outcome::HandedOver | Outcome::Lost | Outcome::GivenUp => Ok(true),
+            Outcome::Stopped => Ok(false),
+            Outcome::Failed(error) => Err(error),
+        }
+    }
+
+    /// Goes on with a shard whose task was dropped because it did not get on. Tells whether to look at
+    /// the table at once.
+    fn dropped(&mut self, shard: RunningShard) -> bool {
+        let RunningShard { id, held, activity, watched, .. } = shard;
+        if !held.is_valid() || self.stop.is_cancelled() {
+            self.leases.done(&id);
+            return true;
+        }
+        match self.worker.settings.on_stuck {
+            OnStuck::Release => {
+                let release = held.clone();
+                let task = self.tasks.spawn(async move {
+                    let _ = release.write_surely(&Change::Release { checkpoint: None }).await;
+                    Outcome::GivenUp
+                });
+                activity.enter(Step::Stops);
+                self.shards.insert(task.id(), RunningShard { id, held, activity, watched, task });
+            }
+            OnStuck::Restart | OnStuck::Report => self.start(id, held, activity, watched),
+        }
+        false
+    }
+
+    /// Looks for shards that do not get on.
+    fn watch(&mut self) {
+        let Settings { watchdog: limit, on_stuck, .. } = &self.worker.settings;
+        let now = Instant::now();
+        for shard in self.shards.values_mut() {
+            let doing = shard.activity.now();
+            let waits_for = doing.step;
+            match shard.watched.judge(doing, *limit, now) {
+                Finding::GetsOn => {}
+                Finding::Stuck => {
+                    self.counters.stuck.fetch_add(1, Ordering::Relaxed);
+                    let secs = now.saturating_duration_since(doing.since).as_secs();
+                    let next = match on_stuck {
+                        OnStuck::Restart => "it is started again from its last checkpoint",
+                        OnStuck::Release => "its lease is released for another worker",
+                        OnStuck::Report => "it is left alone",
+                    };
+                    tracing::error!(
+                        shard = %shard.id, %waits_for, secs,
+                        "the shard does not get on: {next}"
+                    );
+                    let text = format!("no progress for {secs} s, waiting for {waits_for}");
+                    shard.held.note_trouble(text, Timestamp::now(), false);
+                    if *on_stuck != OnStuck::Report {
+                        shard.task.abort();
+                        shard.watched.aborted(now);
+                    }
+                }
+                Finding::CannotBeDropped => {
+                    tracing::error!(
+                        shard = %shard.id, %waits_for,
+                        "the shard's handler blocks its thread and cannot be stopped: the lease is given \
+                         up, and another worker takes it when it has run out; use \
+                         tokio::task::spawn_blocking for work that blocks"
+                    );
+                    shard.held.give_up();
+                }
+                Finding::Recovered => {
+                    tracing::info!(shard = %shard.id, "the shard gets on again");
+                    let text = "no progress for a while".to_owned();
+                    shard.held.note_trouble(text, Timestamp::now(), true);
+                }
+            }
         }
     }
 

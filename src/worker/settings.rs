@@ -1,15 +1,15 @@
-use std::time::Duration;
+use std::{fmt, sync::Arc, time::Duration};
 
 use aws_types::SdkConfig;
 use jiff::Timestamp;
 
-use super::{Worker, WorkerError};
+use super::{OnStuck, Worker, WorkerError};
 use crate::{
     handler::Handler,
     lease::{InitialPosition, dynamodb::LeaseTable},
     ocs::ServiceDay,
     shard::ShardId,
-    source::{Retrieval, Stream},
+    source::{Retrieval, Streams},
 };
 
 /// Where reading starts in a shard that has no checkpoint.
@@ -44,11 +44,39 @@ impl StartPosition {
 /// As good as no limit, and small enough to be added to any time.
 const A_YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
+/// What a worker has to carry, for [`WorkerBuilder::refuse_leases_when`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Load {
+    /// The shards that it reads.
+    pub shards: usize,
+    /// How far the slowest of them is behind; `None` before anything was read.
+    pub most_behind: Option<Duration>,
+}
+
+#[derive(Clone)]
+pub(super) struct RefuseWhen(Arc<dyn Fn(&Load) -> bool + Send + Sync>);
+
+impl fmt::Debug for RefuseWhen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RefuseWhen")
+    }
+}
+
+impl RefuseWhen {
+    pub(super) fn holds(&self, load: &Load) -> bool {
+        (self.0)(load)
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Settings {
     pub worker_id: String,
     pub start: StartPosition,
     pub max_leases: usize,
+    pub refuse_when: RefuseWhen,
+    pub watchdog: Duration,
+    pub on_stuck: OnStuck,
     pub lease_duration: Duration,
     pub hand_over_limit: Duration,
     pub checkpoint_interval: Duration,
@@ -60,7 +88,7 @@ pub(super) struct Settings {
 /// Describes a worker. Every setting but the handler has a default.
 pub struct WorkerBuilder<F> {
     config: SdkConfig,
-    stream: String,
+    streams: Vec<String>,
     application: String,
     lease_table: Option<String>,
     retrieval: Retrieval,
@@ -72,7 +100,7 @@ impl WorkerBuilder<()> {
     pub(super) fn new(config: &SdkConfig, stream: String, application: String) -> Self {
         Self {
             config: config.clone(),
-            stream,
+            streams: vec![stream],
             application,
             lease_table: None,
             retrieval: Retrieval::default(),
@@ -80,6 +108,9 @@ impl WorkerBuilder<()> {
                 worker_id: default_worker_id(),
                 start: StartPosition::default(),
                 max_leases: usize::MAX,
+                refuse_when: RefuseWhen(Arc::new(|_| false)),
+                watchdog: Duration::from_secs(120),
+                on_stuck: OnStuck::default(),
                 lease_duration: Duration::from_secs(10),
                 hand_over_limit: Duration::from_secs(30),
                 checkpoint_interval: Duration::from_secs(5),
@@ -99,7 +130,7 @@ impl WorkerBuilder<()> {
     {
         WorkerBuilder {
             config: self.config,
-            stream: self.stream,
+            streams: self.streams,
             application: self.application,
             lease_table: self.lease_table,
             retrieval: self.retrieval,
@@ -110,6 +141,14 @@ impl WorkerBuilder<()> {
 }
 
 impl<F> WorkerBuilder<F> {
+    /// Reads another stream as well. The leases of several streams have the stream's identifier in their
+    /// keys, as in the KCL's multi-stream mode; so an application stays with one stream or with several,
+    /// or its streams would be started over. What differs is refused at the start.
+    pub fn and_stream(mut self, name: impl Into<String>) -> Self {
+        self.streams.push(name.into());
+        self
+    }
+
     /// Where shards without a checkpoint start. Default: the trim horizon.
     pub fn start(mut self, start: StartPosition) -> Self {
         self.settings.start = start;
@@ -148,6 +187,31 @@ impl<F> WorkerBuilder<F> {
     /// The most shards that this worker reads. Others read the rest. Default: no limit.
     pub fn max_leases(mut self, limit: usize) -> Self {
         self.settings.max_leases = limit;
+        self
+    }
+
+    /// When the worker takes no more leases than it has, although it has fewer than its share: because
+    /// it is behind, or short of memory. Asked before each look at the table. Other workers read what it
+    /// refuses; if every one refuses, shards stay unread, which is logged. Default: never.
+    pub fn refuse_leases_when(
+        mut self,
+        refuse: impl Fn(&Load) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        self.settings.refuse_when = RefuseWhen(Arc::new(refuse));
+        self
+    }
+
+    /// How long a shard may be leased here without getting on: no read returned, no batch finished. Then
+    /// it is logged with what it waits for, counted, shown in the status, and dealt with as
+    /// [`on_stuck`](Self::on_stuck) says. Default: 2 minutes.
+    pub fn watchdog(mut self, limit: Duration) -> Self {
+        self.settings.watchdog = limit.min(A_YEAR);
+        self
+    }
+
+    /// What is done about a shard that does not get on. Default: its task is started again.
+    pub fn on_stuck(mut self, on_stuck: OnStuck) -> Self {
+        self.settings.on_stuck = on_stuck;
         self
     }
 
@@ -190,21 +254,27 @@ impl<F> WorkerBuilder<F> {
         F: Fn(&ShardId) -> H,
         H: Handler,
     {
+        let mut names: Vec<&String> = self.streams.iter().collect();
+        names.sort();
+        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(WorkerError::StreamTwice { stream: twice[0].clone() });
+        }
         if let StartPosition::At(start) = self.settings.start
             && start > Timestamp::now()
         {
             return Err(WorkerError::StartInFuture { start });
         }
-        let stream = Stream::new(&self.config, &self.stream, self.retrieval);
+        let streams = Streams::new(&self.config, &self.streams, self.retrieval);
         let name = self.lease_table.unwrap_or_else(|| self.application.clone());
         // By the rules of CreateTable and RegisterStreamConsumer, before either is called.
         check_name("a lease table", &name, 3, 255)?;
         check_name("an application", &self.application, 1, 128)?;
         let table = LeaseTable::new(&self.config, name);
-        let (opened, ensured) = tokio::join!(stream.open(&self.application), table.ensure());
+        let (opened, ensured) = tokio::join!(streams.open(&self.application), table.ensure());
         opened?;
         ensured?;
-        Ok(Worker { stream, table, settings: self.settings, make_handler: self.make_handler })
+        let table = table.of_streams(streams.identifiers());
+        Ok(Worker { streams, table, settings: self.settings, make_handler: self.make_handler })
     }
 }
 

@@ -10,7 +10,10 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::Instrument as _;
 
-use super::{Counters, Settings, WorkerError};
+use super::{
+    Counters, Settings, WorkerError,
+    watchdog::{Activity, Step},
+};
 use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
@@ -21,7 +24,7 @@ use crate::{
     },
     record::{ShardName, unpack},
     shard::{ChildShard, Shard},
-    source::{Place, Prefetch, Read, ShardReader, Stream},
+    source::{Failing, Place, Prefetch, Read, ShardReader, Stream},
 };
 
 /// How often a batch is offered to the handler before the worker gives up.
@@ -30,6 +33,7 @@ const HANDLER_ATTEMPTS: u32 = 5;
 pub(super) struct ShardTask {
     pub stream: Stream,
     pub held: Arc<HeldLease<LeaseTable>>,
+    pub activity: Arc<Activity>,
     pub initial: InitialPosition,
     pub stop: CancellationToken,
     pub counters: Arc<Counters>,
@@ -47,6 +51,8 @@ pub(super) enum Outcome {
     HandedOver,
     /// The worker stops; the lease is free.
     Stopped,
+    /// It did not get on; the lease is free.
+    GivenUp,
     /// It cannot go on; the lease is free.
     Failed(WorkerError),
 }
@@ -80,7 +86,10 @@ impl ShardTask {
     pub(super) async fn run(self, mut handler: impl Handler) -> Outcome {
         let lease = self.held.lease().await;
         let span = tracing::info_span!(
-            "shard", stream = self.stream.name(), shard = %lease.shard, counter = lease.counter
+            "shard",
+            stream = self.stream.name(),
+            shard = lease.shard.name(),
+            counter = lease.counter
         );
         let mut progress = Progress {
             finished: match &lease.checkpoint {
@@ -147,8 +156,10 @@ impl ShardTask {
         handler: &mut impl Handler,
         progress: &mut Progress,
     ) -> Outcome {
-        let name =
-            Arc::new(ShardName { stream: self.stream.shared_name(), shard: lease.shard.clone() });
+        let name = Arc::new(ShardName {
+            stream: self.stream.shared_name(),
+            shard: lease.shard.name().into(),
+        });
         let interrupt = match self.read_on(&lease, &name, handler, progress).await {
             Ok(children) => self.end(children).await.err(),
             Err(interrupt) => Some(interrupt),
@@ -161,6 +172,7 @@ impl ShardTask {
             }
             Some(Interrupt::Lost) => Outcome::Lost,
             Some(interrupt @ (Interrupt::Stopped | Interrupt::Asked)) => {
+                self.activity.enter(Step::Stops);
                 handler.stopping().await;
                 match (self.release(progress).await, interrupt) {
                     (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
@@ -186,12 +198,14 @@ impl ShardTask {
         handler: &mut impl Handler,
         progress: &mut Progress,
     ) -> Result<Vec<ChildShard>, Interrupt> {
+        self.activity.enter(Step::WaitsForOldReader);
         tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(Interrupt::Stopped),
             () = self.held.asked() => return Err(Interrupt::Asked),
             () = self.held.usable() => {}
         }
+        self.activity.enter(Step::Opens);
         let place = self.place(lease).await?;
         tracing::debug!(%place, "reading");
         let tenure = Tenure {
@@ -203,9 +217,18 @@ impl ShardTask {
         let reader = ShardReader::new(self.stream.clone(), lease.shard.clone(), place);
         let mut prefetch = {
             let held = self.held.clone();
-            Prefetch::start(reader, self.settings.prefetch_bytes, move || held.set_caught_up(false))
+            Prefetch::start(reader, self.settings.prefetch_bytes, move |failing| match failing {
+                Failing::Since(error) => {
+                    held.set_behind(None);
+                    held.note_trouble(error.to_string(), Timestamp::now(), false);
+                }
+                Failing::NoMore(error) => {
+                    held.note_trouble(error.to_owned(), Timestamp::now(), true);
+                }
+            })
         };
         loop {
+            self.activity.enter(Step::Reads);
             let prefetched = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Interrupt::Stopped),
@@ -221,6 +244,7 @@ impl ShardTask {
                 Some(Err(error)) => return Err(Interrupt::Failed(error.into())),
                 None => return Err(Interrupt::Stopped),
             };
+            self.activity.got_on();
             let end = prefetched.read.end.take();
             self.handle(&mut prefetched.read, name, handler, progress).await?;
             if let Some(children) = end {
@@ -264,7 +288,7 @@ impl ShardTask {
         handler: &mut impl Handler,
         progress: &mut Progress,
     ) -> Result<(), Interrupt> {
-        self.held.set_caught_up(read.reached_tip());
+        self.held.set_behind(behind(read, Timestamp::now()));
         let mut batch = Batch { messages: Vec::new(), behind: read.behind };
         let mut finished = None;
         for record in read.records.drain(..) {
@@ -288,6 +312,7 @@ impl ShardTask {
                     partition_key: &partition_key,
                     arrived_at: arrived_at.map(|at| at.to_string()),
                 };
+                self.activity.enter(Step::WritesDeadLetter);
                 DeadLetter::new(&part.reason, place, &part.data).write().await;
             }
             self.counters.records.fetch_add(1, Ordering::Relaxed);
@@ -318,8 +343,12 @@ impl ShardTask {
                 return Err(Interrupt::Lost);
             }
             attempts += 1;
+            self.activity.enter(Step::Handles);
             let handled = handler.handle(batch).await;
-            let Err(error) = handled else { return Ok(()) };
+            let Err(error) = handled else {
+                self.activity.got_on();
+                return Ok(());
+            };
             if self.stop.is_cancelled() {
                 tracing::info!(sequence_number = first, "batch not finished at the stop: {error}");
                 return Err(Interrupt::Stopped);
@@ -350,6 +379,7 @@ impl ShardTask {
     async fn checkpoint(&self, progress: &mut Progress) -> Result<(), Interrupt> {
         progress.next_checkpoint = Instant::now() + self.settings.checkpoint_interval;
         let Some(checkpoint) = progress.unstored() else { return Ok(()) };
+        self.activity.enter(Step::Checkpoints);
         match self.held.write(&Change::Checkpoint { checkpoint }).await {
             Ok(()) => {
                 progress.stored = true;
@@ -373,6 +403,7 @@ impl ShardTask {
     /// Gives the following shards their leases, and then marks this one finished: in this order, so
     /// that a crash between the two repeats the first and loses nothing.
     async fn end(&self, children: Vec<ChildShard>) -> Result<(), Interrupt> {
+        self.activity.enter(Step::Ends);
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
         while let Err(error) = self.create_children(&children).await {
             tracing::warn!("{error}; trying again while the lease is ours");
@@ -405,6 +436,18 @@ impl ShardTask {
         lease::create_missing(self.held.store(), &listed, self.initial).await?;
         Ok(())
     }
+}
+
+/// How far behind the stream's tip a read was: as the server says, or by the age of the newest record,
+/// whichever is more. Zero says that the tip was reached.
+fn behind(read: &Read, now: Timestamp) -> Option<Duration> {
+    if read.reached_tip() {
+        return Some(Duration::ZERO);
+    }
+    let newest = read.records.last().and_then(|record| record.arrived_at);
+    let age = newest.map(|at| Duration::try_from(now.duration_since(at)).unwrap_or_default());
+    // Not the tip: at least a moment.
+    read.behind.max(age).map(|behind| behind.max(Duration::from_millis(1)))
 }
 
 impl Progress {

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use rand::{Rng as _, SeedableRng as _, seq::IndexedRandom as _};
 use rand_chacha::ChaCha8Rng;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -163,6 +164,7 @@ impl Fleet {
             hand_over_limit: Duration::from_secs(30),
             finished_kept_for: FINISHED_KEPT_FOR,
             seed: self.started as u64,
+            wall_clock: || Timestamp::UNIX_EPOCH,
         };
         let leases = LeaseLoop::new(SimTable(Way(self.world.clone())), settings);
         let stop = CancellationToken::new();

@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use rand::{Rng as _, SeedableRng as _, seq::IndexedRandom as _};
 use rand_chacha::ChaCha8Rng;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
@@ -275,6 +276,7 @@ async fn worker(world: Arc<World>, id: u32, stop: CancellationToken) {
         // Shorter than in earnest, and longer than any pause here.
         finished_kept_for: Duration::from_secs(60),
         seed: world.seed ^ u64::from(id),
+        wall_clock: || Timestamp::UNIX_EPOCH,
     };
     let way = FaultyWay { world: world.clone(), worker: id };
     let read = |held| Pausable::new(&world, id, reader(world.clone(), id, held, stop.clone()));
