@@ -1,5 +1,6 @@
 //! The real binary and the crate against embedded servers, over sockets.
 
+mod calm_fleet;
 mod consume;
 mod demo;
 mod errors;
