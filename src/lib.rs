@@ -74,12 +74,16 @@ mod source;
 mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
-pub use handler::{Batch, Handler, Tenure};
+pub use handler::{
+    Ack, Batch, Coalesce, Concurrent, DeadLetterError, DeadLetters, Deduplicate, Handler,
+    MessagesFailed, OnFailure, Retries, RetryPer, StopReason, Tenure, Tolerance,
+};
 pub use lease::LeaseError;
 pub use produce::{PartitionKey, ProduceError, Producer, ProducerReport, ProducerSettings};
 pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};
 pub use worker::{
-    Load, OnStuck, Report, StartPosition, Worker, WorkerBuilder, WorkerError, shutdown_signal,
+    Load, Messages, OnStuck, Poller, Received, Report, StartPosition, Worker, WorkerBuilder,
+    WorkerError, shutdown_signal,
 };

@@ -2,11 +2,12 @@ use std::time::Duration;
 
 use aws_config::SdkConfig;
 use clap::Args;
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::{Outcome, values};
 use crate::{
-    OnStuck, Retrieval, StartPosition, Worker,
+    DeadLetters, OnFailure, OnStuck, Retries, Retrieval, StartPosition, Tolerance, Worker,
     feed::{Format, Stdout},
     host,
 };
@@ -79,6 +80,33 @@ pub(super) struct Consume {
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "30s")]
     hand_over_limit: Duration,
 
+    /// Where what cannot be decoded or handled goes: kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH
+    /// [default: standard error]
+    #[arg(long, value_name = "PLACE")]
+    dead_letters: Option<DeadLetters>,
+
+    /// What is done with a message that cannot be written after all attempts [default: dead-letter where
+    /// --dead-letters is set, else stop]
+    #[arg(long, value_enum)]
+    on_failure: Option<OnFailure>,
+
+    /// How often a batch, and then each message of it, is tried
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value = "5")]
+    handler_attempts: u32,
+
+    /// How many messages of a hundred may fail within --failure-window before the shard stops all the same
+    /// [default: any number]
+    #[arg(long, value_name = "PERCENT", value_parser = values::percent)]
+    failure_tolerance: Option<f64>,
+
+    /// The time for --failure-tolerance
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "5m")]
+    failure_window: Duration,
+
+    /// Stop when every shard is read up to this RFC 3339 time; nothing that arrived later is written
+    #[arg(long, value_name = "TIME")]
+    until: Option<Timestamp>,
+
     /// How often progress is stored
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "5s")]
     checkpoint_interval: Duration,
@@ -115,12 +143,30 @@ impl Consume {
                 let resident = || host::resident_bytes().unwrap_or(0);
                 is_behind || memory.is_some_and(|limit| resident() > u64::from(limit))
             })
+            .retries(Retries {
+                attempts: self.handler_attempts,
+                // Standard output is waited for, however long nobody reads it.
+                time_limit: None,
+                ..Retries::default()
+            })
             .watchdog(self.watchdog)
             .on_stuck(self.on_stuck)
             .max_leases(self.max_leases.map_or(usize::MAX, |limit| limit as usize))
             .checkpoint_interval(self.checkpoint_interval)
             .prefetch_bytes(self.prefetch)
             .shutdown_limit(self.shutdown_limit);
+        if let Some(letters) = self.dead_letters {
+            worker = worker.dead_letters(letters);
+        }
+        if let Some(on_failure) = self.on_failure {
+            worker = worker.on_failure(on_failure);
+        }
+        if let Some(percent) = self.failure_tolerance {
+            worker = worker.failure_tolerance(Tolerance { percent, window: self.failure_window });
+        }
+        if let Some(until) = self.until {
+            worker = worker.until(until);
+        }
         for stream in streams {
             worker = worker.and_stream(stream);
         }

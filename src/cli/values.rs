@@ -7,7 +7,7 @@ use clap::{ValueEnum, builder::PossibleValue};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
-    OnStuck, PartitionKey, Retrieval, SequenceNumber, StartPosition, feed::Format,
+    OnFailure, OnStuck, PartitionKey, Retrieval, SequenceNumber, StartPosition, feed::Format,
     ocs::generate::Profile,
 };
 
@@ -51,6 +51,14 @@ pub(super) fn start(text: &str) -> Result<StartPosition, String> {
                 .to_owned()
         }),
     }
+}
+
+/// A part of a hundred.
+pub(super) fn percent(text: &str) -> Result<f64, String> {
+    let percent = text.trim_end_matches('%').trim().parse::<f64>().ok();
+    percent
+        .filter(|percent| (0.0..=100.0).contains(percent))
+        .ok_or_else(|| "write a number from 0 to 100, such as 0.25".to_owned())
 }
 
 /// Where `lease reset` moves a checkpoint.
@@ -106,6 +114,12 @@ words!(Retrieval {
     Polling = "polling" "GetRecords: 2 MB/s a shard, shared by all that poll",
 });
 
+words!(OnFailure {
+    Stop = "stop" "stop its shard; the checkpoint stays before it",
+    DeadLetter = "dead-letter" "put it to the dead letters, and go on",
+    Skip = "skip" "log it, count it, and go on",
+});
+
 words!(OnStuck {
     Restart = "restart" "drop its task and start it again from the last checkpoint",
     Release = "release" "the same, but by another worker if there is one",
@@ -153,6 +167,15 @@ mod tests {
         assert_eq!(start(time), Ok(StartPosition::At(time.parse().expect("a time"))));
         assert_eq!(start("2025-07-02T02:00:00-04:00"), start(time));
         assert!(start("yesterday").is_err());
+    }
+
+    #[test]
+    fn percentages_are_numbers_up_to_a_hundred() {
+        assert_eq!(percent("0.25"), Ok(0.25));
+        assert_eq!(percent("10 %"), Ok(10.0));
+        for wrong in ["", "-1", "101", "NaN", "some"] {
+            assert!(percent(wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -1,10 +1,37 @@
 //! What a service implements to get messages.
 
+mod ack;
+mod coalesce;
+mod concurrent;
 mod dead_letter;
+#[cfg(test)]
+mod dead_letter_line;
+mod dead_letters;
+mod deduplicate;
+mod failure;
 
-use std::{fmt, ops::Deref, time::Duration};
+use std::{
+    fmt,
+    ops::Deref,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-pub(crate) use dead_letter::{DeadLetter, Place};
+use tokio::sync::mpsc;
+
+pub use ack::Ack;
+pub(crate) use ack::Answer;
+pub use coalesce::Coalesce;
+pub use concurrent::{Concurrent, MessagesFailed};
+pub(crate) use dead_letter::{DeadLetter, Kind, Place, RecordPlace};
+pub(crate) use dead_letters::DeadLetterStore;
+pub use dead_letters::{DeadLetterError, DeadLetters};
+pub use deduplicate::Deduplicate;
+pub(crate) use failure::{Failure, FailureCause, FailureRate};
+pub use failure::{OnFailure, Retries, RetryPer, Tolerance};
 
 use crate::{record::Message, shard::ShardId};
 
@@ -35,9 +62,10 @@ pub trait Handler: Send + 'static {
 
     /// Handles a batch. `Ok` says that all of it is finished: the checkpoint may pass it.
     ///
-    /// After an `Err` the same batch is offered again, five times in all with growing waits; then the
-    /// worker stops with the error, and the batch is read again after a restart (P1). If the lease is
-    /// lost meanwhile, the call is dropped at its next `await`: another worker has the shard (P4).
+    /// After an `Err`, a panic or a call that takes too long, the same batch is offered again, as
+    /// [`Retries`] says; then its messages one by one; and what still fails is dealt with as
+    /// [`OnFailure`] says. So a handler must be fit to go on after any of these. If the lease is lost
+    /// meanwhile, the call is dropped at its next `await`: another worker has the shard (P4).
     fn handle(&mut self, batch: &Batch) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
     /// Reading of the shard starts.
@@ -56,11 +84,42 @@ pub trait Handler: Send + 'static {
         async {}
     }
 
-    /// The worker stops, or hands the shard to another one. No batch is under way: the last one is
-    /// finished, or was given up after it failed. The checkpoint is written after this.
-    fn stopping(&mut self) -> impl Future<Output = ()> + Send {
+    /// The reading of the shard stops here. No batch is under way. Acknowledgements are waited for, and
+    /// then the checkpoint is written, after this.
+    fn stopping(&mut self, why: StopReason) -> impl Future<Output = ()> + Send {
+        let _ = why;
         async {}
     }
+
+    /// The handler's state after all that it has finished, to be stored in the same write as the position
+    /// ([`Checkpoints`](crate::Checkpoints) in S3 or a file): whatever happens, both agree, so that each
+    /// message counts in the state exactly once. Called before each checkpoint, between batches.
+    ///
+    /// `None`, the default, stores the position alone.
+    fn snapshot(&mut self) -> Result<Option<Vec<u8>>, Self::Error> {
+        Ok(None)
+    }
+
+    /// Takes up the state that was stored with the position at which reading goes on. Called once, before
+    /// [`started`](Self::started), if there is one.
+    fn restore(&mut self, state: &[u8]) -> Result<(), Self::Error> {
+        let _ = state;
+        Ok(())
+    }
+}
+
+/// Why the reading of a shard stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// The worker stops.
+    Shutdown,
+    /// Another worker gets the shard.
+    HandOver,
+    /// A message could not be handled, and the policy is to stop, or too many were.
+    Failed,
+    /// The end of the time window is reached.
+    WindowEnd,
 }
 
 /// A worker's time with a shard, from taking its lease to losing it or letting go.
@@ -84,9 +143,80 @@ pub struct Tenure {
 pub struct Batch {
     pub(crate) messages: Vec<Message>,
     pub(crate) behind: Option<Duration>,
+    pub(crate) acks: Acks,
+}
+
+/// Where acknowledgements of a batch go, and what the handler asked for.
+#[derive(Debug, Clone)]
+pub(crate) struct Acks {
+    /// The serial number of each message.
+    pub serials: Arc<[u64]>,
+    /// Those of messages that were left out of the batch: finished with it.
+    pub left_out: Arc<[u64]>,
+    to: mpsc::UnboundedSender<Answer>,
+    asked: Arc<Asked>,
+}
+
+#[derive(Debug, Default)]
+struct Asked {
+    acks: AtomicBool,
+    checkpoint: AtomicBool,
+}
+
+impl Acks {
+    pub(crate) fn new(serials: Arc<[u64]>, to: mpsc::UnboundedSender<Answer>) -> Self {
+        Self { serials, left_out: Arc::default(), to, asked: Arc::default() }
+    }
+
+    /// Whether the handler acknowledges messages one by one.
+    pub(crate) fn are_taken(&self) -> bool {
+        self.asked.acks.load(Ordering::Acquire)
+    }
+
+    /// As before it was offered.
+    pub(crate) fn take_back(&self) {
+        self.asked.acks.store(false, Ordering::Release);
+    }
 }
 
 impl Batch {
+    pub(crate) fn new(messages: Vec<Message>, behind: Option<Duration>, acks: Acks) -> Self {
+        Self { messages, behind, acks }
+    }
+
+    /// The same batch with only some of its messages, by their places; the others count as finished with
+    /// it.
+    pub(crate) fn only(&self, kept: &[usize]) -> Self {
+        let messages = kept.iter().map(|n| self.messages[*n].clone()).collect();
+        let serials = kept.iter().map(|n| self.acks.serials[*n]).collect();
+        let left_out = (0..self.len()).filter(|n| kept.binary_search(n).is_err());
+        let left_out = left_out.map(|n| self.acks.serials[n]);
+        let left_out = left_out.chain(self.acks.left_out.iter().copied()).collect();
+        Self::new(messages, self.behind, Acks { serials, left_out, ..self.acks.clone() })
+    }
+
+    /// Takes over to say when each message is finished: one [`Ack`] for each, in the order of the
+    /// messages. `Ok` then says only that the batch was taken, so that the next one comes; acknowledge in
+    /// any order, from any task. The checkpoint stays before the first message that is not acknowledged,
+    /// and reading waits while too many are not.
+    pub fn ack_later(&self) -> Vec<Ack> {
+        self.acks.asked.acks.store(true, Ordering::Release);
+        let ack = |serial: &u64| Ack::new(*serial, self.acks.to.clone());
+        self.acks.left_out.iter().map(ack).for_each(Ack::ack);
+        self.acks.serials.iter().map(ack).collect()
+    }
+
+    /// Asks for a checkpoint as soon as this batch is finished, instead of at the next interval. With
+    /// [`checkpoint_interval`](crate::WorkerBuilder::checkpoint_interval) set to
+    /// [`Duration::MAX`] there is no other, but at the end of the shard, at a hand-over and at a stop.
+    pub fn checkpoint_now(&self) {
+        self.acks.asked.checkpoint.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_checkpoint_wanted(&self) -> bool {
+        self.acks.asked.checkpoint.load(Ordering::Relaxed)
+    }
+
     /// How far behind the tip of the stream this batch was read, where the server tells.
     pub fn behind(&self) -> Option<Duration> {
         self.behind
@@ -107,5 +237,97 @@ impl<'a> IntoIterator for &'a Batch {
 
     fn into_iter(self) -> Self::IntoIter {
         self.messages.iter()
+    }
+}
+
+/// What the tests of the handlers here share.
+#[cfg(test)]
+mod testing {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        ocs::EventSource,
+        record::{Record, ShardName, unpack},
+        shard::SequenceNumber,
+    };
+
+    /// A batch of one record for each partition key and OCS line.
+    pub(super) fn batch(lines: &[(&str, &str)]) -> Batch {
+        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
+        let mut messages = Vec::new();
+        for (n, (key, line)) in lines.iter().enumerate() {
+            let source = EventSource::new((*key).to_owned(), "test", None);
+            let record = Record {
+                sequence_number: SequenceNumber::parse((100 + n).to_string()).expect("a number"),
+                partition_key: (*key).to_owned(),
+                arrived_at: None,
+                data: source.event("2025-07-02T15:00:00Z", line.as_bytes()).json.into(),
+            };
+            unpack(&shard, record, &mut messages, &mut Vec::new());
+        }
+        assert_eq!(messages.len(), lines.len());
+        let acks = Acks::new((0..messages.len() as u64).collect(), mpsc::unbounded_channel().0);
+        Batch::new(messages, None, acks)
+    }
+
+    /// Keeps what it is called with.
+    #[derive(Debug, Default)]
+    pub(super) struct Recorder {
+        pub batches: Vec<Vec<String>>,
+        pub behind: Vec<Option<Duration>>,
+        pub heard: Vec<&'static str>,
+        /// How many batches it refuses first.
+        pub failures: u32,
+    }
+
+    impl Handler for Recorder {
+        type Error = &'static str;
+
+        async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+            if self.failures > 0 {
+                self.failures -= 1;
+                return Err("as told");
+            }
+            self.batches.push(batch.iter().map(|message| message.raw().to_owned()).collect());
+            self.behind.push(batch.behind());
+            Ok(())
+        }
+
+        async fn started(&mut self, _: &Tenure) {
+            self.heard.push("started");
+        }
+
+        async fn ended(&mut self) {
+            self.heard.push("ended");
+        }
+
+        async fn lost(&mut self) {
+            self.heard.push("lost");
+        }
+
+        async fn stopping(&mut self, _: StopReason) {
+            self.heard.push("stopping");
+        }
+
+        fn snapshot(&mut self) -> Result<Option<Vec<u8>>, Self::Error> {
+            self.heard.push("snapshot");
+            Ok(None)
+        }
+
+        fn restore(&mut self, _: &[u8]) -> Result<(), Self::Error> {
+            self.heard.push("restore");
+            Ok(())
+        }
+    }
+
+    /// Calls everything but `handle`.
+    pub(super) async fn hear_everything(handler: &mut impl Handler) {
+        let tenure = Tenure { shard: "shardId-0".into(), lease_counter: 1, owner_switches: 0 };
+        handler.started(&tenure).await;
+        handler.ended().await;
+        handler.lost().await;
+        handler.stopping(StopReason::Shutdown).await;
+        let _ = (handler.snapshot(), handler.restore(&[]));
     }
 }

@@ -156,6 +156,7 @@ impl<S: LeaseStore> HeldLease<S> {
     /// Gives the lease up without a write: it is not used nor renewed any more, and others take it when
     /// it has run out.
     pub fn give_up(&self) {
+        self.let_go.store(true, Ordering::Release);
         self.lost.cancel();
     }
 

@@ -1,6 +1,10 @@
 //! Carries out the plan: looks at the table, acts by conditional writes, and hands out what it got.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
@@ -104,6 +108,8 @@ pub struct LeaseLoop<S> {
     usable_from: BTreeMap<ShardId, Instant>,
     /// Leases that were given up, and until when they are left to others.
     given_up: BTreeMap<ShardId, Instant>,
+    /// Shards that are not taken again.
+    left: BTreeSet<ShardId>,
     refuses: bool,
     /// Whether shards were told to be read by nobody.
     told_unread: bool,
@@ -124,6 +130,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             asked: BTreeMap::new(),
             usable_from: BTreeMap::new(),
             given_up: BTreeMap::new(),
+            left: BTreeSet::new(),
             refuses: false,
             told_unread: false,
             observed: Observations::default(),
@@ -158,6 +165,18 @@ impl<S: LeaseStore> LeaseLoop<S> {
     pub fn give_up(&mut self, shard: &ShardId) {
         self.done(shard);
         self.given_up.insert(shard.clone(), Instant::now() + LEFT_TO_OTHERS_FOR);
+    }
+
+    /// The same of a shard that this worker has done all with that it is to do, and does not take again.
+    pub fn leave(&mut self, shard: &ShardId) {
+        self.done(shard);
+        self.left.insert(shard.clone());
+    }
+
+    /// Whether every lease that could be taken was left: there is nothing more to do.
+    pub fn all_left(&self) -> bool {
+        let mut unfinished = self.snapshot.iter().filter(|lease| !lease.is_finished());
+        self.has_looked() && unfinished.all(|lease| self.left.contains(&lease.shard))
     }
 
     /// From now on takes no more leases than it has, or takes its share again.
@@ -309,6 +328,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             max_leases: self.settings.max_leases,
             refuses: self.refuses,
             given_up: &self.given_up,
+            left: &self.left,
             lease_duration: self.settings.lease_duration,
             hand_over_limit: self.settings.hand_over_limit,
             finished_kept_for: self.settings.finished_kept_for,

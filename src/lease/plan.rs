@@ -126,6 +126,8 @@ pub struct Planner<'a> {
     /// Leases that it gave up because it did not get on with them, and until when it leaves them to
     /// others.
     pub given_up: &'a BTreeMap<ShardId, Instant>,
+    /// Leases that it has done all with that it is to do.
+    pub left: &'a BTreeSet<ShardId>,
     /// How long a lease lasts without renewal.
     pub lease_duration: Duration,
     /// How long a reader that was asked may take to let go.
@@ -166,7 +168,8 @@ pub fn plan(
     let mut left_over = Vec::new();
     for lease in &startable {
         let given_up = planner.given_up.get(&lease.shard).is_some_and(|until| now < *until);
-        if planner.held.contains(&lease.shard) || given_up {
+        let left = planner.left.contains(&lease.shard);
+        if planner.held.contains(&lease.shard) || given_up || left {
             continue;
         }
         match own_row(lease, observed, planner, now) {
@@ -607,6 +610,7 @@ mod tests {
                 max_leases: self.max_leases,
                 refuses: self.refuses,
                 given_up: &self.given_up,
+                left: &BTreeSet::new(),
                 lease_duration: DURATION,
                 hand_over_limit: LIMIT,
                 finished_kept_for: KEPT,

@@ -3,9 +3,14 @@ use std::{borrow::Cow, fmt, ops::Range, sync::Arc};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use jiff::Timestamp;
+use serde::Deserialize;
 
 use super::ShardName;
-use crate::shard::{SequenceNumber, ShardId};
+use crate::{
+    checkpoint::Position,
+    ocs::{OcsError, OcsMessage},
+    shard::{SequenceNumber, ShardId},
+};
 
 /// One OCS message and where it came from.
 ///
@@ -56,6 +61,27 @@ impl Message {
             .map_or(Cow::Borrowed(self.raw().as_bytes()), Cow::Owned)
     }
 
+    /// What the OCS line says, read from it in place. The error is for this message alone, and says
+    /// which field is wrong.
+    ///
+    /// ```
+    /// use tramline::{
+    ///     Message,
+    ///     ocs::{Body, Movement, OcsError},
+    /// };
+    ///
+    /// /// The train that left with this message, if one did.
+    /// fn train_that_left(message: &Message) -> Result<Option<&str>, OcsError> {
+    ///     Ok(match message.ocs()?.body {
+    ///         Body::Movement(Movement::Left { train }) => Some(train),
+    ///         _ => None,
+    ///     })
+    /// }
+    /// ```
+    pub fn ocs(&self) -> Result<OcsMessage<'_>, OcsError> {
+        OcsMessage::parse(self.raw(), self.time().or(self.arrived_at()))
+    }
+
     /// The CloudEvent's id. A repeat that the producer or a restart caused has the same one.
     pub fn id(&self) -> &str {
         self.text(&self.id)
@@ -74,6 +100,17 @@ impl Message {
     /// The CloudEvent's source.
     pub fn source(&self) -> &str {
         self.text(&self.source)
+    }
+
+    /// The address of the OCS sender, where the event's `sourceip` has one.
+    pub fn source_ip(&self) -> Option<Cow<'_, str>> {
+        #[derive(Deserialize)]
+        struct SourceIp<'a> {
+            #[serde(borrow)]
+            sourceip: Cow<'a, str>,
+        }
+        let event: SourceIp = serde_json::from_str(self.event_json()).ok()?;
+        Some(event.sourceip).filter(|ip| !ip.is_empty())
     }
 
     /// The partition key of its record, which names the OCS connection.
@@ -100,6 +137,11 @@ impl Message {
     /// The sequence number of its record.
     pub fn sequence_number(&self) -> &SequenceNumber {
         &self.origin.sequence_number
+    }
+
+    /// What is finished when this message and those before it are: its record, or its user record.
+    pub(crate) fn position(&self) -> Position {
+        Position { sequence_number: self.sequence_number().clone(), sub_sequence_number: 0 }
     }
 
     /// Its place among the messages of its record, from 0. With the shard and the sequence number it
@@ -133,5 +175,70 @@ impl fmt::Debug for Message {
             .field("sub_sequence_number", &self.sub_sequence_number)
             .field("id", &self.id())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ocs::{Body, EventSource},
+        record::{Record, unpack},
+    };
+
+    fn message(event: impl Into<Bytes>, arrived_at: Option<Timestamp>) -> Message {
+        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
+        let record = Record {
+            sequence_number: SequenceNumber::parse("17").expect("a number"),
+            partition_key: "k".into(),
+            arrived_at,
+            data: event.into(),
+        };
+        let mut messages = Vec::new();
+        unpack(&shard, record, &mut messages, &mut Vec::new());
+        messages.pop().expect("a message")
+    }
+
+    fn event(source_ip: Option<&str>, line: &[u8]) -> Vec<u8> {
+        let source_ip = source_ip.map(|ip| ip.parse().expect("an address"));
+        EventSource::new("k".into(), "s", source_ip).event("2025-07-02T13:44:03Z", line).json
+    }
+
+    #[test]
+    fn the_ocs_line_is_understood_by_the_time_of_the_event() {
+        let message = message(event(None, b"1234,DIAG,09:44:01,BROADCAST"), None);
+        let ocs = message.ocs().expect("an OCS message");
+        assert_eq!(ocs.body, Body::Diagnostic("BROADCAST"));
+        assert_eq!(ocs.header.at(), "2025-07-02T13:44:01Z".parse().ok());
+    }
+
+    #[test]
+    fn without_the_time_of_the_event_that_of_the_record_serves() {
+        let event = String::from_utf8(event(None, b"1234,DIAG,09:44:01,BROADCAST")).expect("UTF-8");
+        let event = event.replace("2025-07-02T13:44:03Z", "yesterday");
+        let arrived_at = "2025-07-03T13:44:03Z".parse().ok();
+        let at = message(event.clone(), arrived_at).ocs().expect("an OCS message").header.at();
+        assert_eq!(at, "2025-07-03T13:44:01Z".parse().ok());
+        assert_eq!(message(event, None).ocs().expect("an OCS message").header.at(), None);
+    }
+
+    #[test]
+    fn p9_an_ocs_line_that_is_not_understood_is_still_there() {
+        let message = message(event(None, b"garbage\xff"), None);
+        assert_eq!(message.ocs().expect_err("no number").field(), "counter");
+        assert_eq!(message.raw_bytes(), &b"garbage\xff"[..]);
+    }
+
+    #[test]
+    fn the_senders_address_is_borrowed_from_the_event() {
+        let with = message(event(Some("10.198.0.34"), b"1,DIAG,00:00:00,x"), None);
+        assert!(matches!(with.source_ip(), Some(Cow::Borrowed("10.198.0.34"))));
+        let empty = message(event(None, b"1,DIAG,00:00:00,x"), None);
+        assert_eq!(empty.source_ip(), None);
+        let event = String::from_utf8(event(None, b"1,DIAG,00:00:00,x")).expect("UTF-8");
+        for sourceip in ["", r#""sourceip":null,"#, r#""sourceip":7,"#] {
+            let event = event.replace(r#""sourceip":"","#, sourceip);
+            assert_eq!(message(event, None).source_ip(), None, "{sourceip}");
+        }
     }
 }

@@ -6,12 +6,15 @@
 //!            └─ HeldLease: renewed on the side, whatever the handler does
 //! ```
 
+mod delivery;
+mod messages;
 mod settings;
 mod shard_task;
 mod signal;
 mod watchdog;
 
 use std::{
+    any::Any,
     collections::BTreeMap,
     pin::pin,
     sync::{
@@ -29,13 +32,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
+pub use messages::{Messages, Poller, Received};
 pub use settings::{Load, StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
 pub use watchdog::OnStuck;
 
 use crate::{
     aws::AwsErrorKind,
-    handler::Handler,
+    handler::{DeadLetterError, DeadLetterStore, Handler},
     lease::{
         self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked,
         dynamodb::LeaseTable,
@@ -51,7 +55,8 @@ use watchdog::{Activity, Finding, Step, Watched};
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How often the stream is asked for new shards; besides, it is asked whenever a shard ends.
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
-const IDLE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often a worker looks whether there is nothing left to do.
+const STATE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// How often shards are looked at that may not get on: a quarter of the limit, within these.
 const WATCH_AT_MOST_EVERY: Duration = Duration::from_millis(50);
 const WATCH_AT_LEAST_EVERY: Duration = Duration::from_secs(5);
@@ -62,6 +67,7 @@ const WATCH_AT_LEAST_EVERY: Duration = Duration::from_secs(5);
 pub struct Worker<F> {
     streams: Streams,
     table: LeaseTable,
+    letters: Arc<DeadLetterStore>,
     settings: Settings,
     make_handler: F,
 }
@@ -74,8 +80,14 @@ pub struct Report {
     pub records: u64,
     /// Messages that the handler finished.
     pub messages: u64,
-    /// Parts of records that are not raw OCS messages; they were written to stderr.
+    /// Parts of records that are not raw OCS messages; they went to the dead letters.
     pub undecodable: u64,
+    /// How often the handler failed, timed out or panicked.
+    pub failed_attempts: u64,
+    /// Dead letters that were stored.
+    pub dead_letters: u64,
+    /// Messages that were skipped because the handler failed on them.
+    pub skipped: u64,
     /// How often a shard was found not to get on.
     pub stuck: u64,
 }
@@ -122,7 +134,8 @@ pub enum WorkerError {
     /// A handler did not finish a batch.
     #[error(
         "shard {shard}: the handler failed {attempts} times at sequence number {sequence_number}: \
-         {reason}; the worker stops, and reads the batch again when it is restarted"
+         {reason}; the shard stops before it, and goes on there when the worker is restarted: repair what \
+         the handler needs, or set a place for dead letters"
     )]
     Handler {
         /// The shard.
@@ -134,7 +147,26 @@ pub enum WorkerError {
         /// The handler's error.
         reason: String,
     },
-    /// A handler panicked.
+    /// More messages failed than are tolerated.
+    #[error(
+        "shard {shard}: more than {percent} % of its messages failed, the last at sequence number \
+         {sequence_number}: {reason}; the shard stops before it, and goes on there when the worker is \
+         restarted"
+    )]
+    TooManyFailures {
+        /// The shard.
+        shard: ShardId,
+        /// The record of the last one.
+        sequence_number: String,
+        /// How many of a hundred are tolerated.
+        percent: f64,
+        /// The handler's error.
+        reason: String,
+    },
+    /// Dead letters cannot be stored.
+    #[error(transparent)]
+    DeadLetters(#[from] DeadLetterError),
+    /// A handler panicked while no batch was under way.
     #[error("shard {shard}: the handler panicked; the worker stops: {reason}")]
     Panic {
         /// The shard.
@@ -172,6 +204,9 @@ struct Counters {
     records: AtomicU64,
     messages: AtomicU64,
     undecodable: AtomicU64,
+    failed_attempts: AtomicU64,
+    dead_letters: AtomicU64,
+    skipped: AtomicU64,
     stuck: AtomicU64,
     started: Instant,
     /// When the last record was read or handled, in milliseconds after `started`.
@@ -184,6 +219,9 @@ impl Counters {
             records: AtomicU64::new(0),
             messages: AtomicU64::new(0),
             undecodable: AtomicU64::new(0),
+            failed_attempts: AtomicU64::new(0),
+            dead_letters: AtomicU64::new(0),
+            skipped: AtomicU64::new(0),
             stuck: AtomicU64::new(0),
             started: Instant::now(),
             active_millis: AtomicU64::new(0),
@@ -205,12 +243,20 @@ impl Counters {
             records: self.records.load(Ordering::Relaxed),
             messages: self.messages.load(Ordering::Relaxed),
             undecodable: self.undecodable.load(Ordering::Relaxed),
+            failed_attempts: self.failed_attempts.load(Ordering::Relaxed),
+            dead_letters: self.dead_letters.load(Ordering::Relaxed),
+            skipped: self.skipped.load(Ordering::Relaxed),
             stuck: self.stuck.load(Ordering::Relaxed),
         }
     }
 }
 
 impl WorkerError {
+    /// Whether it stops a shard and not the worker.
+    fn is_of_one_shard(&self) -> bool {
+        matches!(self, Self::Handler { .. } | Self::TooManyFailures { .. } | Self::DeadLetters(_))
+    }
+
     /// Whether no waiting helps: the lease table or the stream was deleted, or made again.
     fn is_final(&self) -> bool {
         match self {
@@ -290,7 +336,10 @@ where
                         Err(error) => break Err(error),
                     }
                 }
-                () = tokio::time::sleep(IDLE_CHECK_INTERVAL), if idle_limit.is_some() => {
+                () = tokio::time::sleep(STATE_CHECK_INTERVAL) => {
+                    if running.all_parked() || running.leases.all_left() {
+                        break Ok(());
+                    }
                     if idle_limit.is_some_and(|limit| running.is_idle(limit)) {
                         tracing::info!(streams = self.streams.names(), "nothing new: stopping");
                         break Ok(());
@@ -327,6 +376,8 @@ where
             records = report.records,
             messages = report.messages,
             undecodable = report.undecodable,
+            dead_letters = report.dead_letters,
+            skipped = report.skipped,
             stuck = report.stuck,
             "worker stopped"
         );
@@ -431,6 +482,7 @@ where
             stop: self.stop.clone(),
             counters: self.counters.clone(),
             settings: self.worker.settings.clone(),
+            letters: self.worker.letters.clone(),
         };
         self.counters.note_activity();
         activity.enter(Step::Opens);
@@ -451,11 +503,15 @@ where
             Err(error) if error.is_cancelled() => return Ok(self.dropped(shard)),
             Err(error) => Outcome::Failed(WorkerError::Panic {
                 shard: shard.id.clone(),
-                reason: panic_text(error),
+                reason: match error.try_into_panic() {
+                    Ok(panic) => panic_text(panic),
+                    Err(error) => error.to_string(),
+                },
             }),
         };
         match outcome {
             Outcome::GivenUp => self.leases.give_up(&shard.id),
+            Outcome::WindowEnd => self.leases.leave(&shard.id),
             _ => self.leases.done(&shard.id),
         }
         match outcome {
@@ -465,7 +521,7 @@ where
                 Ok(true)
             }
             // There is another worker: from now on its leases are watched too.
-            Outcome::HandedOver | Outcome::Lost | Outcome::GivenUp => Ok(true),
+            Outcome::HandedOver | Outcome::Lost | Outcome::GivenUp | Outcome::WindowEnd => Ok(true),
             Outcome::Stopped => Ok(false),
             Outcome::Failed(error) => Err(error),
         }
@@ -496,7 +552,7 @@ where
 
     /// Looks for shards that do not get on.
     fn watch(&mut self) {
-        let Settings { watchdog: limit, on_stuck, .. } = &self.worker.settings;
+        let Settings { watchdog: limit, on_stuck, retries, .. } = &self.worker.settings;
         let now = Instant::now();
         for shard in self.shards.values_mut() {
             let doing = shard.activity.now();
@@ -506,6 +562,9 @@ where
                 Finding::Stuck => {
                     self.counters.stuck.fetch_add(1, Ordering::Relaxed);
                     let secs = now.saturating_duration_since(doing.since).as_secs();
+                    // A handler without a time limit may wait for ever, such as for its reader.
+                    let handler_may = waits_for == Step::Handles && retries.time_limit.is_none();
+                    let on_stuck = if handler_may { OnStuck::Report } else { *on_stuck };
                     let next = match on_stuck {
                         OnStuck::Restart => "it is started again from its last checkpoint",
                         OnStuck::Release => "its lease is released for another worker",
@@ -517,7 +576,7 @@ where
                     );
                     let text = format!("no progress for {secs} s, waiting for {waits_for}");
                     shard.held.note_trouble(text, Timestamp::now(), false);
-                    if *on_stuck != OnStuck::Report {
+                    if on_stuck != OnStuck::Report {
                         shard.task.abort();
                         shard.watched.aborted(now);
                     }
@@ -540,12 +599,20 @@ where
         }
     }
 
-    /// Whether every shard has been at its tip for `limit`.
+    /// Whether every shard has been at its tip for `limit`; one that stopped because of a failure does
+    /// not count.
     fn is_idle(&self, limit: Duration) -> bool {
+        let is_parked = |shard: &RunningShard| shard.activity.now().step == Step::Parked;
         self.leases.has_looked()
             && !self.leases.unattended()
-            && self.leases.held().all(|held| held.is_caught_up())
+            && self.shards.values().all(|shard| is_parked(shard) || shard.held.is_caught_up())
             && self.counters.quiet_for() >= limit
+    }
+
+    /// Whether every shard that is read here stopped because of a failure: there is nothing left to do.
+    fn all_parked(&self) -> bool {
+        let mut steps = self.shards.values().map(|shard| shard.activity.now().step);
+        !self.shards.is_empty() && steps.all(|step| step == Step::Parked)
     }
 
     async fn stop(mut self) -> Result<(), WorkerError> {
@@ -574,13 +641,10 @@ where
     }
 }
 
-fn panic_text(error: tokio::task::JoinError) -> String {
-    match error.try_into_panic() {
-        Ok(panic) => panic
-            .downcast_ref::<&str>()
-            .map(|text| (*text).to_owned())
-            .or_else(|| panic.downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "no text".to_owned()),
-        Err(error) => error.to_string(),
-    }
+fn panic_text(panic: Box<dyn Any + Send>) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no text".to_owned())
 }

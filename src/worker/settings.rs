@@ -5,7 +5,7 @@ use jiff::Timestamp;
 
 use super::{OnStuck, Worker, WorkerError};
 use crate::{
-    handler::Handler,
+    handler::{DeadLetters, Handler, OnFailure, Retries, Tolerance},
     lease::{InitialPosition, dynamodb::LeaseTable},
     ocs::ServiceDay,
     shard::ShardId,
@@ -71,7 +71,13 @@ impl RefuseWhen {
 
 #[derive(Debug, Clone)]
 pub(super) struct Settings {
+    pub application: String,
     pub worker_id: String,
+    pub retries: Retries,
+    pub on_failure: OnFailure,
+    pub tolerance: Option<Tolerance>,
+    pub max_unacked: usize,
+    pub until: Option<Timestamp>,
     pub start: StartPosition,
     pub max_leases: usize,
     pub refuse_when: RefuseWhen,
@@ -91,7 +97,9 @@ pub struct WorkerBuilder<F> {
     streams: Vec<String>,
     application: String,
     lease_table: Option<String>,
+    on_failure: Option<OnFailure>,
     retrieval: Retrieval,
+    dead_letters: DeadLetters,
     settings: Settings,
     make_handler: F,
 }
@@ -103,8 +111,16 @@ impl WorkerBuilder<()> {
             streams: vec![stream],
             application,
             lease_table: None,
+            on_failure: None,
             retrieval: Retrieval::default(),
+            dead_letters: DeadLetters::stderr(),
             settings: Settings {
+                application: String::new(),
+                retries: Retries::default(),
+                on_failure: OnFailure::default(),
+                tolerance: None,
+                max_unacked: 10_000,
+                until: None,
                 worker_id: default_worker_id(),
                 start: StartPosition::default(),
                 max_leases: usize::MAX,
@@ -133,7 +149,9 @@ impl WorkerBuilder<()> {
             streams: self.streams,
             application: self.application,
             lease_table: self.lease_table,
+            on_failure: self.on_failure,
             retrieval: self.retrieval,
+            dead_letters: self.dead_letters,
             settings: self.settings,
             make_handler,
         }
@@ -146,6 +164,11 @@ impl<F> WorkerBuilder<F> {
     /// or its streams would be started over. What differs is refused at the start.
     pub fn and_stream(mut self, name: impl Into<String>) -> Self {
         self.streams.push(name.into());
+        self
+    }
+
+    pub(super) fn without_time_limit(mut self) -> Self {
+        self.settings.retries.time_limit = None;
         self
     }
 
@@ -222,6 +245,47 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
+    /// How often a batch is offered to the handler, with what waits and limits.
+    pub fn retries(mut self, retries: Retries) -> Self {
+        self.settings.retries = retries;
+        self
+    }
+
+    /// What is done with a message that the handler has not finished after all attempts. Default: its
+    /// shard stops; or, where a place for dead letters is set, it goes there.
+    pub fn on_failure(mut self, on_failure: OnFailure) -> Self {
+        self.on_failure = Some(on_failure);
+        self
+    }
+
+    /// Where what cannot be decoded or handled goes. Default: standard error.
+    pub fn dead_letters(mut self, to: DeadLetters) -> Self {
+        self.dead_letters = to;
+        self
+    }
+
+    /// How many messages of a shard may fail before it stops all the same. Default: any number.
+    pub fn failure_tolerance(mut self, tolerance: Tolerance) -> Self {
+        self.settings.tolerance = Some(tolerance);
+        self
+    }
+
+    /// How many messages of a shard the handler may have taken
+    /// ([`Batch::ack_later`](crate::Batch::ack_later)) and not acknowledged before reading waits for it.
+    /// Default: 10 000.
+    pub fn max_unacked(mut self, limit: usize) -> Self {
+        self.settings.max_unacked = limit.max(1);
+        self
+    }
+
+    /// Stops the worker when every shard is read up to this time: what arrived at or after it is not
+    /// handled. With a start position before it, a closed window is replayed. Use an application's name of
+    /// its own, or the live application goes on from the end of the window.
+    pub fn until(mut self, end: Timestamp) -> Self {
+        self.settings.until = Some(end);
+        self
+    }
+
     /// How often progress is stored: what was handled since comes again after a crash. At the end of a
     /// shard and at a stop it is stored in any case. Default: 5 s.
     pub fn checkpoint_interval(mut self, interval: Duration) -> Self {
@@ -270,11 +334,22 @@ impl<F> WorkerBuilder<F> {
         check_name("a lease table", &name, 3, 255)?;
         check_name("an application", &self.application, 1, 128)?;
         let table = LeaseTable::new(&self.config, name);
-        let (opened, ensured) = tokio::join!(streams.open(&self.application), table.ensure());
+        let mut settings = self.settings;
+        settings.application = self.application;
+        settings.on_failure = self.on_failure.unwrap_or(match self.dead_letters.is_stderr() {
+            true => OnFailure::Stop,
+            false => OnFailure::DeadLetter,
+        });
+        let (opened, ensured, letters) = tokio::join!(
+            streams.open(&settings.application),
+            table.ensure(),
+            self.dead_letters.open(&self.config)
+        );
         opened?;
         ensured?;
+        let letters = Arc::new(letters?);
         let table = table.of_streams(streams.identifiers());
-        Ok(Worker { streams, table, settings: self.settings, make_handler: self.make_handler })
+        Ok(Worker { streams, table, letters, settings, make_handler: self.make_handler })
     }
 }
 

@@ -12,32 +12,36 @@ use tracing::Instrument as _;
 
 use super::{
     Counters, Settings, WorkerError,
+    delivery::Delivery,
     watchdog::{Activity, Step},
 };
 use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
-    handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace, Tenure},
+    handler::{
+        DeadLetter, DeadLetterStore, Handler, Kind, Place as DeadLetterPlace, RecordPlace,
+        StopReason, Tenure,
+    },
     lease::{
-        self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore as _,
-        dynamodb::LeaseTable,
+        self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, whole_millis,
     },
     record::{ShardName, unpack},
     shard::{ChildShard, Shard},
     source::{Failing, Place, Prefetch, Read, ShardReader, Stream},
 };
 
-/// How often a batch is offered to the handler before the worker gives up.
-const HANDLER_ATTEMPTS: u32 = 5;
+/// How often a shard that stopped because of a failure is told again.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
-pub(super) struct ShardTask {
+pub(super) struct ShardTask<S> {
     pub stream: Stream,
-    pub held: Arc<HeldLease<LeaseTable>>,
+    pub held: Arc<HeldLease<S>>,
     pub activity: Arc<Activity>,
     pub initial: InitialPosition,
     pub stop: CancellationToken,
     pub counters: Arc<Counters>,
     pub settings: Settings,
+    pub letters: Arc<DeadLetterStore>,
 }
 
 /// How the reading of a shard came to its end.
@@ -53,15 +57,19 @@ pub(super) enum Outcome {
     Stopped,
     /// It did not get on; the lease is free.
     GivenUp,
+    /// Everything before the end of the time window was handled; the lease is free.
+    WindowEnd,
     /// It cannot go on; the lease is free.
     Failed(WorkerError),
 }
 
 /// Why a step of the task did not lead to the next one.
-enum Interrupt {
+pub(super) enum Interrupt {
     Lost,
     Asked,
     Stopped,
+    /// Every record before the end of the time window was handled.
+    WindowEnd,
     Failed(WorkerError),
 }
 
@@ -74,16 +82,16 @@ impl From<LeaseError> for Interrupt {
     }
 }
 
-/// How far the shard was handled, and how far that is stored.
+/// How far that is stored.
 struct Progress {
-    /// The last finished record, in this run or by the checkpoint.
-    finished: Option<Position>,
-    stored: bool,
+    /// The last finished record by the checkpoint that reading began with, or by the last one that was
+    /// stored.
+    stored: Option<Position>,
     next_checkpoint: Instant,
 }
 
-impl ShardTask {
-    pub(super) async fn run(self, mut handler: impl Handler) -> Outcome {
+impl<S: LeaseStore> ShardTask<S> {
+    pub(super) async fn run(self, handler: impl Handler) -> Outcome {
         let lease = self.held.lease().await;
         let span = tracing::info_span!(
             "shard",
@@ -92,13 +100,22 @@ impl ShardTask {
             counter = lease.counter
         );
         let mut progress = Progress {
-            finished: match &lease.checkpoint {
+            stored: match &lease.checkpoint {
                 Checkpoint::At(position) => Some(position.clone()),
                 _ => None,
             },
-            stored: true,
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
         };
+        let mut delivery = Delivery::new(
+            handler,
+            lease.shard.clone(),
+            self.held.clone(),
+            self.stop.clone(),
+            self.activity.clone(),
+            self.counters.clone(),
+            self.settings.clone(),
+            self.letters.clone(),
+        );
         async {
             // A task of its own: a handler that blocks its thread must not cost the lease.
             let keeper = tokio::spawn(self.held.clone().keep().in_current_span());
@@ -106,13 +123,13 @@ impl ShardTask {
             let outcome = tokio::select! {
                 biased;
                 () = self.held.lost() => Outcome::Lost,
-                outcome = self.read(lease, &mut handler, &mut progress) => outcome,
+                outcome = self.read(lease, &mut delivery, &mut progress) => outcome,
             };
             if let Outcome::Lost = outcome {
-                handler.lost().await;
+                delivery.handler.lost().await;
                 if self.held.is_gone() {
-                    self.restore(&progress).await;
-                } else if self.stop.is_cancelled() && progress.unstored().is_some() {
+                    self.restore(&progress, &mut delivery).await;
+                } else if self.stop.is_cancelled() && progress.unstored(&delivery).is_some() {
                     let shard = self.held.lease().await.shard;
                     return Outcome::Failed(WorkerError::NotStored { shard });
                 }
@@ -125,7 +142,7 @@ impl ShardTask {
 
     /// Makes the row again that was deleted under us, free for any worker, at the place that was
     /// reached. Without it the shard would start over, or skip to the latest.
-    async fn restore(&self, progress: &Progress) {
+    async fn restore<H: Handler>(&self, progress: &Progress, delivery: &mut Delivery<H, S>) {
         let was = self.held.lease().await;
         let mut lease = Lease {
             owner: None,
@@ -134,8 +151,8 @@ impl ShardTask {
             checkpoint_owner: None,
             ..was
         };
-        if let Some(finished) = progress.finished.clone() {
-            lease.checkpoint = Checkpoint::At(finished);
+        if let Some(finished) = delivery.finished().or(progress.stored.as_ref()) {
+            lease.checkpoint = Checkpoint::At(finished.clone());
         }
         match self.held.store().create(&lease).await {
             Ok(true) => tracing::warn!(
@@ -150,52 +167,94 @@ impl ShardTask {
         }
     }
 
-    async fn read(
+    async fn read<H: Handler>(
         &self,
         lease: Lease,
-        handler: &mut impl Handler,
+        delivery: &mut Delivery<H, S>,
         progress: &mut Progress,
     ) -> Outcome {
         let name = Arc::new(ShardName {
             stream: self.stream.shared_name(),
             shard: lease.shard.name().into(),
         });
-        let interrupt = match self.read_on(&lease, &name, handler, progress).await {
+        let interrupt = match self.read_on(&lease, &name, delivery, progress).await {
             Ok(children) => self.end(children).await.err(),
             Err(interrupt) => Some(interrupt),
         };
-        match interrupt {
-            None => {
-                tracing::info!("shard finished");
-                handler.ended().await;
-                Outcome::Ended
+        let Some(interrupt) = interrupt else {
+            tracing::info!("shard finished");
+            delivery.handler.ended().await;
+            return Outcome::Ended;
+        };
+        self.activity.enter(Step::Stops);
+        let (why, limit) = match &interrupt {
+            Interrupt::Lost => return Outcome::Lost,
+            Interrupt::Asked => (StopReason::HandOver, self.settings.hand_over_limit),
+            Interrupt::Stopped => (StopReason::Shutdown, self.settings.shutdown_limit),
+            Interrupt::WindowEnd => (StopReason::WindowEnd, self.settings.shutdown_limit),
+            Interrupt::Failed(_) => (StopReason::Failed, self.settings.shutdown_limit),
+        };
+        delivery.handler.stopping(why).await;
+        // The rest of the limit is for the last checkpoint.
+        delivery.settle_acks(limit.mul_f64(0.75)).await;
+        let interrupt = match interrupt {
+            Interrupt::Failed(error) if error.is_of_one_shard() => {
+                self.park(error, delivery, progress).await
             }
-            Some(Interrupt::Lost) => Outcome::Lost,
-            Some(interrupt @ (Interrupt::Stopped | Interrupt::Asked)) => {
-                self.activity.enter(Step::Stops);
-                handler.stopping().await;
-                match (self.release(progress).await, interrupt) {
-                    (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
-                    (Ok(()), _) => Outcome::Stopped,
-                    (Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }), _) => Outcome::Lost,
-                    (Err(error), _) => Outcome::Failed(error.into()),
-                }
-            }
-            Some(Interrupt::Failed(error)) => {
-                if let Err(lease_error) = self.release(progress).await {
+            interrupt => interrupt,
+        };
+        let released = match interrupt {
+            Interrupt::Lost => return Outcome::Lost,
+            _ => self.release(delivery, progress).await,
+        };
+        match (released, interrupt) {
+            (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
+            (Ok(()), Interrupt::WindowEnd) => Outcome::WindowEnd,
+            (released, Interrupt::Failed(error)) => {
+                if let Err(lease_error) = released {
                     tracing::warn!("lease not released: {lease_error}");
                 }
                 Outcome::Failed(error)
+            }
+            (Ok(()), _) => Outcome::Stopped,
+            (Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }), _) => Outcome::Lost,
+            (Err(error), _) => Outcome::Failed(error.into()),
+        }
+    }
+
+    /// Keeps the lease of a shard that stopped because of a failure, so that no other worker fails on it
+    /// too, and shows why, until the worker stops or another one asks for it.
+    async fn park<H: Handler>(
+        &self,
+        error: WorkerError,
+        delivery: &mut Delivery<H, S>,
+        progress: &mut Progress,
+    ) -> Interrupt {
+        if let Err(interrupt) = self.checkpoint(delivery, progress).await {
+            return interrupt;
+        }
+        self.held.note_trouble(error.to_string(), Timestamp::now(), false);
+        loop {
+            tracing::error!("{error}");
+            self.activity.enter(Step::Parked);
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Interrupt::Failed(error),
+                () = self.held.asked() => {
+                    tracing::warn!("another worker gets the shard, and the message that failed here");
+                    return Interrupt::Asked;
+                }
+                () = tokio::time::sleep(REMINDER_INTERVAL) => {}
             }
         }
     }
 
     /// Reads to the end of the shard and gives the shards that follow it.
-    async fn read_on(
+    async fn read_on<H: Handler>(
         &self,
         lease: &Lease,
         name: &Arc<ShardName>,
-        handler: &mut impl Handler,
+        delivery: &mut Delivery<H, S>,
         progress: &mut Progress,
     ) -> Result<Vec<ChildShard>, Interrupt> {
         self.activity.enter(Step::WaitsForOldReader);
@@ -213,7 +272,7 @@ impl ShardTask {
             lease_counter: lease.counter,
             owner_switches: lease.owner_switches_since_checkpoint,
         };
-        handler.started(&tenure).await;
+        delivery.handler.started(&tenure).await;
         let reader = ShardReader::new(self.stream.clone(), lease.shard.clone(), place);
         let mut prefetch = {
             let held = self.held.clone();
@@ -227,28 +286,38 @@ impl ShardTask {
                 }
             })
         };
+        let mut ended = None;
         loop {
-            self.activity.enter(Step::Reads);
-            let prefetched = tokio::select! {
+            if delivery.outstanding() == 0
+                && let Some(children) = ended
+            {
+                return Ok(children);
+            }
+            let unstored = progress.is_behind(delivery);
+            if unstored && std::mem::take(&mut delivery.checkpoint_wanted) {
+                self.checkpoint(delivery, progress).await?;
+                continue;
+            }
+            let reads = ended.is_none() && delivery.outstanding() < self.settings.max_unacked;
+            self.activity.enter(if reads { Step::Reads } else { Step::Acks });
+            tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Interrupt::Stopped),
                 () = self.held.asked() => return Err(Interrupt::Asked),
-                () = sleep_until(progress.next_checkpoint), if !progress.stored => {
-                    self.checkpoint(progress).await?;
-                    continue;
+                () = sleep_until(progress.next_checkpoint), if unstored => {
+                    self.checkpoint(delivery, progress).await?;
                 }
-                prefetched = prefetch.next() => prefetched,
-            };
-            let mut prefetched = match prefetched {
-                Some(Ok(prefetched)) => prefetched,
-                Some(Err(error)) => return Err(Interrupt::Failed(error.into())),
-                None => return Err(Interrupt::Stopped),
-            };
-            self.activity.got_on();
-            let end = prefetched.read.end.take();
-            self.handle(&mut prefetched.read, name, handler, progress).await?;
-            if let Some(children) = end {
-                return Ok(children);
+                Some(answer) = delivery.answer() => delivery.take_answer(answer).await?,
+                prefetched = prefetch.next(), if reads => {
+                    let mut prefetched = match prefetched {
+                        Some(Ok(prefetched)) => prefetched,
+                        Some(Err(error)) => return Err(Interrupt::Failed(error.into())),
+                        None => return Err(Interrupt::Stopped),
+                    };
+                    self.activity.got_on();
+                    ended = prefetched.read.end.take();
+                    self.handle(&mut prefetched.read, name, delivery, progress).await?;
+                }
             }
         }
     }
@@ -272,8 +341,7 @@ impl ShardTask {
                 return Ok(Place::TrimHorizon);
             }
         };
-        // The table keeps milliseconds.
-        let start_at = Timestamp::from_millisecond(start_at.as_millisecond()).unwrap_or(start_at);
+        let start_at = whole_millis(start_at);
         self.held.write_surely(&Change::Pin { start_at }).await?;
         match lease.checkpoint {
             Checkpoint::Latest => Ok(Place::Latest),
@@ -281,108 +349,82 @@ impl ShardTask {
         }
     }
 
-    async fn handle(
+    async fn handle<H: Handler>(
         &self,
         read: &mut Read,
         name: &Arc<ShardName>,
-        handler: &mut impl Handler,
+        delivery: &mut Delivery<H, S>,
         progress: &mut Progress,
     ) -> Result<(), Interrupt> {
-        self.held.set_behind(behind(read, Timestamp::now()));
-        let mut batch = Batch { messages: Vec::new(), behind: read.behind };
-        let mut finished = None;
+        let now = Timestamp::now();
+        self.held.set_behind(behind(read, now));
+        let window_end = self.settings.until.filter(|until| cut_off(read, *until, now));
+        let (mut messages, mut letters) = (Vec::new(), Vec::new());
+        let mut read_to = None;
         for record in read.records.drain(..) {
             let position = Position {
                 sequence_number: record.sequence_number.clone(),
                 sub_sequence_number: 0,
             };
-            if progress.finished.as_ref().is_some_and(|finished| position <= *finished) {
+            if progress.stored.as_ref().is_some_and(|finished| position <= *finished) {
                 continue; // Reading starts at the checkpoint, which is finished.
             }
             let (partition_key, arrived_at) = (record.partition_key.clone(), record.arrived_at);
             let mut undecodable = Vec::new();
-            unpack(name, record, &mut batch.messages, &mut undecodable);
-            for part in undecodable {
-                self.counters.undecodable.fetch_add(1, Ordering::Relaxed);
-                let place = DeadLetterPlace::Record {
-                    stream: &name.stream,
-                    shard: name.shard.as_str(),
-                    sequence_number: position.sequence_number.as_str(),
+            unpack(name, record, &mut messages, &mut undecodable);
+            letters.extend(undecodable.into_iter().map(|part| DeadLetter {
+                kind: Kind::Undecodable,
+                reason: part.reason,
+                place: DeadLetterPlace::Record(RecordPlace {
+                    stream: name.stream.to_string(),
+                    shard: name.shard.as_str().to_owned(),
+                    sequence_number: position.sequence_number.clone(),
+                    user_record: None,
                     sub_sequence_number: part.sub_sequence_number,
-                    partition_key: &partition_key,
-                    arrived_at: arrived_at.map(|at| at.to_string()),
-                };
-                self.activity.enter(Step::WritesDeadLetter);
-                DeadLetter::new(&part.reason, place, &part.data).write().await;
-            }
+                    partition_key: partition_key.clone(),
+                    arrived_at,
+                }),
+                attempts: 0,
+                given_up_at: now,
+                application: Some(self.settings.application.clone()),
+                worker: Some(self.settings.worker_id.clone()),
+                data: part.data,
+            }));
             self.counters.records.fetch_add(1, Ordering::Relaxed);
-            finished = Some(position);
+            read_to = Some(position);
         }
-        let Some(finished) = finished else { return Ok(()) };
-        self.counters.note_activity();
-        if !batch.is_empty() {
-            self.deliver(&batch, handler).await?;
+        if let Some(read_to) = read_to {
+            self.counters.note_activity();
+            if !letters.is_empty() {
+                self.counters.undecodable.fetch_add(letters.len() as u64, Ordering::Relaxed);
+                delivery.store_letters(&letters).await?;
+            }
+            delivery.deliver(messages, read.behind, read_to).await?;
+            self.counters.note_activity();
+            if Instant::now() >= progress.next_checkpoint {
+                self.checkpoint(delivery, progress).await?;
+            }
         }
-        self.counters.messages.fetch_add(batch.len() as u64, Ordering::Relaxed);
-        self.counters.note_activity();
-        progress.finished = Some(finished);
-        progress.stored = false;
-        if Instant::now() >= progress.next_checkpoint {
-            self.checkpoint(progress).await?;
-        }
-        Ok(())
-    }
-
-    /// Offers a batch until the handler has finished it.
-    async fn deliver(&self, batch: &Batch, handler: &mut impl Handler) -> Result<(), Interrupt> {
-        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
-        let first = batch.first().map_or("", |message| message.sequence_number().as_str());
-        let mut attempts = 0;
-        loop {
-            if !self.held.is_valid() {
-                return Err(Interrupt::Lost);
-            }
-            attempts += 1;
-            self.activity.enter(Step::Handles);
-            let handled = handler.handle(batch).await;
-            let Err(error) = handled else {
-                self.activity.got_on();
-                return Ok(());
-            };
-            if self.stop.is_cancelled() {
-                tracing::info!(sequence_number = first, "batch not finished at the stop: {error}");
-                return Err(Interrupt::Stopped);
-            }
-            if attempts == HANDLER_ATTEMPTS {
-                return Err(Interrupt::Failed(WorkerError::Handler {
-                    shard: self.held.lease().await.shard,
-                    sequence_number: first.to_owned(),
-                    attempts,
-                    reason: error.to_string(),
-                }));
-            }
-            let wait = backoff.next_wait();
-            tracing::warn!(
-                sequence_number = first,
-                attempts,
-                "the handler failed: {error}; offering the batch again in {wait:?}"
-            );
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                () = self.stop.cancelled() => return Err(Interrupt::Stopped),
-            }
+        match window_end {
+            Some(_) => Err(Interrupt::WindowEnd),
+            None => Ok(()),
         }
     }
 
     /// Stores how far the shard is finished. A table that does not answer only makes the checkpoint
     /// later.
-    async fn checkpoint(&self, progress: &mut Progress) -> Result<(), Interrupt> {
+    async fn checkpoint<H: Handler>(
+        &self,
+        delivery: &mut Delivery<H, S>,
+        progress: &mut Progress,
+    ) -> Result<(), Interrupt> {
         progress.next_checkpoint = Instant::now() + self.settings.checkpoint_interval;
-        let Some(checkpoint) = progress.unstored() else { return Ok(()) };
+        let Some(position) = progress.unstored(delivery) else { return Ok(()) };
         self.activity.enter(Step::Checkpoints);
+        let checkpoint = Checkpoint::At(position.clone());
         match self.held.write(&Change::Checkpoint { checkpoint }).await {
             Ok(()) => {
-                progress.stored = true;
+                progress.stored = Some(position);
                 Ok(())
             }
             Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }) => Err(Interrupt::Lost),
@@ -393,9 +435,13 @@ impl ShardTask {
         }
     }
 
-    async fn release(&self, progress: &Progress) -> Result<(), LeaseError> {
-        let change = Change::Release { checkpoint: progress.unstored() };
-        self.held.write_surely(&change).await?;
+    async fn release<H: Handler>(
+        &self,
+        delivery: &mut Delivery<H, S>,
+        progress: &Progress,
+    ) -> Result<(), LeaseError> {
+        let checkpoint = progress.unstored(delivery).map(Checkpoint::At);
+        self.held.write_surely(&Change::Release { checkpoint }).await?;
         tracing::info!("lease released");
         Ok(())
     }
@@ -450,8 +496,27 @@ fn behind(read: &Read, now: Timestamp) -> Option<Duration> {
     read.behind.max(age).map(|behind| behind.max(Duration::from_millis(1)))
 }
 
+/// Cuts what arrived at or after `until` off a read, and tells whether nothing from before can follow:
+/// something was cut off, or the tip was reached after that time. (Arrival times ascend but for the
+/// clocks of Kinesis' own machines, so one margin is left.)
+fn cut_off(read: &mut Read, until: Timestamp, now: Timestamp) -> bool {
+    let end =
+        read.records.iter().position(|record| record.arrived_at.is_some_and(|at| at >= until));
+    if let Some(end) = end {
+        read.records.truncate(end);
+        read.end = None;
+        return true;
+    }
+    read.reached_tip() && Place::pin_time(now) >= until
+}
+
 impl Progress {
-    fn unstored(&self) -> Option<Checkpoint> {
-        self.finished.clone().filter(|_| !self.stored).map(Checkpoint::At)
+    fn is_behind<H: Handler, S: LeaseStore>(&self, delivery: &Delivery<H, S>) -> bool {
+        delivery.finished().is_some_and(|finished| self.stored.as_ref() != Some(finished))
+    }
+
+    /// What is finished and not stored.
+    fn unstored<H: Handler, S: LeaseStore>(&self, delivery: &Delivery<H, S>) -> Option<Position> {
+        delivery.finished().filter(|_| self.is_behind(delivery)).cloned()
     }
 }

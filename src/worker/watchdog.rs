@@ -35,9 +35,12 @@ pub(super) enum Step {
     Reads,
     WritesDeadLetter,
     Handles,
+    Acks,
     Checkpoints,
     Ends,
     Stops,
+    /// It stopped because of a failure, which is told by itself.
+    Parked,
 }
 
 impl fmt::Display for Step {
@@ -48,9 +51,11 @@ impl fmt::Display for Step {
             Self::Reads => "a read to return",
             Self::WritesDeadLetter => "a dead letter to be stored",
             Self::Handles => "the handler to finish a batch",
+            Self::Acks => "acknowledgements of what the handler has taken",
             Self::Checkpoints => "a checkpoint to be stored",
             Self::Ends => "the leases of the child shards and the end to be stored",
             Self::Stops => "the handler and the last checkpoint",
+            Self::Parked => "the cause of its failure to be repaired",
         })
     }
 }
@@ -133,7 +138,7 @@ impl Watched {
             self.aborted_at = Some(now + Duration::from_secs(3600));
             return Finding::CannotBeDropped;
         }
-        let bounded = doing.step == Step::WaitsForOldReader || doing.step == Step::Stops;
+        let bounded = matches!(doing.step, Step::WaitsForOldReader | Step::Stops | Step::Parked);
         let told_of_this = self.told.is_some_and(|told| told.since == doing.since);
         if !bounded && now.saturating_duration_since(doing.since) > limit && !told_of_this {
             self.told = Some(doing);
@@ -198,7 +203,7 @@ mod tests {
     #[test]
     fn what_has_a_limit_of_its_own_is_not_stuck() {
         let start = Instant::now();
-        for step in [Step::WaitsForOldReader, Step::Stops] {
+        for step in [Step::WaitsForOldReader, Step::Stops, Step::Parked] {
             let finding = Watched::default().judge(doing(step, start, 0), LIMIT, start + 9 * LIMIT);
             assert_eq!(finding, Finding::GetsOn);
         }

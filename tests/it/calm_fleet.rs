@@ -108,7 +108,7 @@ async fn read(
     worker: String,
     held: Arc<HeldLease<SimTable<Way>>>,
     stop: CancellationToken,
-) -> ShardId {
+) -> (ShardId, bool) {
     let shard = held.lease().await.shard;
     let _keeper = AbortOnDropHandle::new(tokio::spawn(held.clone().keep()));
     let being_read = BeingRead::begin(&world, &shard, &worker);
@@ -117,11 +117,11 @@ async fn read(
     loop {
         tokio::select! {
             biased;
-            () = held.lost() => return shard,
+            () = held.lost() => return (shard, false),
             () = async { tokio::select! { () = stop.cancelled() => {} () = held.asked() => {} } } => {
                 drop(being_read);
                 let _ = held.write_surely(&Change::Release { checkpoint: None }).await;
-                return shard;
+                return (shard, false);
             }
             () = sleep_until(next_checkpoint) => {
                 next_checkpoint = Instant::now() + CHECKPOINT_INTERVAL;

@@ -85,6 +85,21 @@ fn p1_a_killed_worker_is_replaced_and_nothing_is_missing() {
 }
 
 #[test]
+fn p1_a_worker_that_is_short_of_memory_takes_no_more_and_what_nobody_takes_is_told() {
+    let servers = Servers::with_stream(STREAM, 2);
+    servers.put_lines(STREAM, "k", &lines(0, 5));
+    // Less than any process has.
+    let first = worker(&servers, "first", &["--refuse-above-memory", "1KiB"]);
+    first.wait_for_log("takes no more leases");
+    first.wait_for_log("read by nobody");
+    assert_eq!(first.stdout(), [""; 0]);
+    let second = worker(&servers, "second", &[]);
+    wait_for("the second worker to read", || (raws(&second.stdout()) == lines(0, 5)).then_some(()));
+    first.stop().succeeded();
+    second.stop().succeeded();
+}
+
+#[test]
 fn p4_a_paused_worker_does_not_go_on_when_another_one_has_its_shard() {
     let servers = Servers::with_stream(STREAM, 1);
     let fast = ["--lease-duration", "2s"];

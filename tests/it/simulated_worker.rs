@@ -82,7 +82,7 @@ impl<R: Reach> LeaseStore for SimTable<R> {
 }
 
 /// Drives the lease loop as `Worker::run` does, with one `read` for each lease, until `stop`. A `read`
-/// gives its shard when it is over.
+/// gives its shard when it is over, and whether it gave the shard up.
 pub async fn work<S, F>(
     mut leases: LeaseLoop<S>,
     listed: impl Fn() -> Vec<Shard>,
@@ -90,7 +90,7 @@ pub async fn work<S, F>(
     stop: CancellationToken,
 ) where
     S: LeaseStore,
-    F: Future<Output = ShardId> + Send + 'static,
+    F: Future<Output = (ShardId, bool)> + Send + 'static,
 {
     let mut readers = JoinSet::new();
     let (mut look_at, mut discover_at) = (Instant::now(), Instant::now());
@@ -99,7 +99,10 @@ pub async fn work<S, F>(
             biased;
             () = stop.cancelled() => break,
             Some(done) = readers.join_next() => {
-                leases.done(&done.expect("a reader does not panic"));
+                match done.expect("a reader does not panic") {
+                    (shard, true) => leases.give_up(&shard),
+                    (shard, false) => leases.done(&shard),
+                }
                 (look_at, discover_at) = (Instant::now(), Instant::now());
             }
             () = sleep_until(look_at) => {

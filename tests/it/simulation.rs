@@ -289,18 +289,18 @@ async fn reader(
     id: u32,
     held: Arc<HeldLease<SimTable<FaultyWay>>>,
     stop: CancellationToken,
-) -> ShardId {
+) -> (ShardId, bool) {
     let lease = held.lease().await;
     world.note(format_args!("{id} reads {} from {}", lease.shard, lease.checkpoint));
     let keeper = tokio::spawn(Pausable::new(&world, id, held.clone().keep()));
     let _keeper = AbortOnDropHandle::new(keeper);
-    tokio::select! {
+    let gave_up = tokio::select! {
         biased;
-        () = held.lost() => {}
-        () = read(&world, id, &held, &lease, &stop) => {}
-    }
+        () = held.lost() => false,
+        gave_up = read(&world, id, &held, &lease, &stop) => gave_up,
+    };
     world.end_delivery(&lease.shard, &held);
-    lease.shard
+    (lease.shard, gave_up)
 }
 
 async fn read(
@@ -309,7 +309,7 @@ async fn read(
     held: &Arc<HeldLease<SimTable<FaultyWay>>>,
     lease: &Lease,
     stop: &CancellationToken,
-) {
+) -> bool {
     let shard = &lease.shard;
     let mut at: u64 = match &lease.checkpoint {
         Checkpoint::At(position) => position.sequence_number.as_str().parse().expect("a number"),
@@ -326,7 +326,7 @@ async fn read(
                 world.end_delivery(shard, held);
                 let checkpoint = (at > stored).then(|| checkpoint_at(at));
                 let _ = held.write_surely(&Change::Release { checkpoint }).await;
-                return;
+                return false;
             }
             () = sleep(pause) => {}
         }
@@ -336,12 +336,20 @@ async fn read(
         };
         if at < records {
             if !held.is_valid() {
-                return;
+                return false;
             }
             world.begin_delivery(id, shard, at);
             let to = records.min(at + world.draw(|rng| rng.random_range(1..30)));
             let hangs = world.chance(1);
             sleep(if hangs { world.millis(1000..40_000) } else { world.millis(0..200) }).await;
+            if hangs && world.chance(30) {
+                world.note(format_args!("{id} gives {shard} up"));
+                held.give_up();
+                return true;
+            }
+            if world.chance(5) {
+                held.note_trouble("as simulated".to_owned(), Timestamp::UNIX_EPOCH, false);
+            }
             world.handled(id, shard, at, to);
             at = to;
             if world.draw(|rng| rng.random_ratio(1, 3)) {
@@ -361,7 +369,7 @@ async fn read(
                 }
             };
             let _ = held.write_surely(&Change::End { children }).await;
-            return;
+            return false;
         }
     }
 }
