@@ -20,8 +20,8 @@ use crate::shard::{Shard, ShardId};
 const LEFT_TO_OTHERS_FOR: Duration = Duration::from_secs(10);
 /// How many writes are under way at once.
 const CONCURRENT_WRITES: usize = 16;
-/// A worker that only watches the bell looks at the table this often all the same.
-const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+/// How long a worker leaves the creation of leases to another one that does it at the same time.
+const LEFT_TO_CREATOR_FOR: Duration = Duration::from_millis(300);
 
 /// How leases are taken and kept.
 #[derive(Debug, Clone)]
@@ -76,9 +76,12 @@ pub async fn create_missing<S: LeaseStore>(
             if looked_at.elapsed() > SNAPSHOT_GOOD_FOR {
                 break;
             }
-            if store.create(lease).await? {
-                tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
+            if !store.create(lease).await? {
+                // Another worker is at it. If all who start at once went on, each would write each lease.
+                tokio::time::sleep(LEFT_TO_CREATOR_FOR).await;
+                break;
             }
+            tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
         }
     }
 }
@@ -201,7 +204,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
         listed: Option<(&[Shard], InitialPosition)>,
     ) -> Result<Looked<S>, LeaseError> {
         if let (Watch::Bell(row, interval), Some(looked_at)) = (self.watch.clone(), self.looked_at)
-            && looked_at.elapsed() < LOOK_AT_LEAST_EVERY
+            && looked_at.elapsed() < plan::look_at_least_every(&self.snapshot)
             && !self.bell_rings(&row).await?
         {
             let again_at = Instant::now() + interval;
@@ -235,7 +238,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let actions = self.with_planner(|snapshot, observed, planner| {
             plan::plan(snapshot, observed, planner, now)
         });
-        let freed = actions.iter().any(|action| matches!(action, Action::Free(_)));
+        let ring = actions.iter().any(|action| matches!(action, Action::Free(_) | Action::Ring));
 
         let results: Vec<(Action, Instant, Result<Option<Lease>, LeaseError>)> =
             stream::iter(actions)
@@ -250,21 +253,35 @@ impl<S: LeaseStore> LeaseLoop<S> {
         self.looked_at = Some(now);
         let mut taken = Vec::new();
         let mut failed = None;
+        let mut outrun = false;
         for (action, began, result) in results {
             match (action, result) {
-                (action @ (Action::Take(_) | Action::Force(_)), Ok(Some(lease))) => {
-                    // The reader that was overruled may go on until its lease would have run out.
-                    let overruled =
-                        matches!(action, Action::Force(_)) || self.overruled.remove(&lease.shard);
-                    let wait =
-                        if overruled { self.settings.lease_duration } else { Duration::ZERO };
-                    taken.push(self.hold(lease, began, Instant::now() + wait));
+                (action, Ok(Some(lease))) => {
+                    let row = self.snapshot.iter_mut().find(|row| row.shard == lease.shard);
+                    row.into_iter().for_each(|row| *row = lease.clone());
+                    match action {
+                        Action::Take(_) | Action::Force(_) => {
+                            // The reader that was overruled may go on until its lease would have run out.
+                            let overruled = matches!(action, Action::Force(_))
+                                || self.overruled.remove(&lease.shard);
+                            let wait = match overruled {
+                                true => self.settings.lease_duration,
+                                false => Duration::ZERO,
+                            };
+                            taken.push(self.hold(lease, began, Instant::now() + wait));
+                        }
+                        Action::Ask(_) => {
+                            self.asked.insert(lease.shard, now);
+                        }
+                        _ => {}
+                    }
                 }
-                (Action::Ask(_), Ok(Some(lease))) => {
-                    self.asked.insert(lease.shard, now);
+                (Action::Delete(lease), Ok(None)) => {
+                    self.snapshot.retain(|row| row.shard != lease.shard);
                 }
-                // Another worker was faster.
-                (_, Ok(_) | Err(LeaseError::Lost { .. } | LeaseError::Gone { .. })) => {}
+                (action, Ok(None) | Err(LeaseError::Lost { .. } | LeaseError::Gone { .. })) => {
+                    outrun |= matches!(action, Action::Take(_));
+                }
                 (action, Err(error)) => {
                     if let Action::Force(lease) = &action {
                         self.overruled.insert(lease.shard.clone());
@@ -278,10 +295,18 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 }
             }
         }
-        if freed {
+        if ring {
             failed = failed.or(self.ring().await.err());
         }
-        self.watch = self.with_planner(|snapshot, _, planner| plan::watch(snapshot, planner));
+        let now = Instant::now();
+        self.observed.see(&self.snapshot, now);
+        self.watch = match outrun && self.held.is_empty() {
+            // Of several workers that start together, each is to be seen before any takes its share.
+            true => Watch::Table(Duration::ZERO),
+            false => self.with_planner(|snapshot, observed, planner| {
+                plan::watch(snapshot, observed, planner, now)
+            }),
+        };
         let (Watch::Table(interval) | Watch::Bell(_, interval)) = &self.watch;
         Ok(Looked { taken, again_at: Instant::now() + *interval, error: failed })
     }
@@ -364,6 +389,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 .update(&mut lease.clone(), &Change::Release { checkpoint: None })
                 .await
                 .map(Some),
+            Action::Ring => Ok(None), // After the other writes.
             Action::Delete(lease) => {
                 tracing::info!(shard = %lease.shard, "finished lease deleted");
                 self.store.delete(lease).await.map(|()| None)

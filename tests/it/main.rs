@@ -1,5 +1,6 @@
 //! The real binary and the crate against embedded servers, over sockets.
 
+mod calm_fleet;
 mod consume;
 mod demo;
 mod errors;
@@ -14,6 +15,7 @@ mod produce;
 mod proxy;
 mod read_faults;
 mod sequence_monitor;
+mod simulated_worker;
 mod simulation;
 mod status;
 mod streams;

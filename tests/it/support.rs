@@ -159,10 +159,40 @@ pub fn tramline(args: &[&str]) -> Command {
     command
 }
 
+/// Puts one line after the other, with keys for all shards, until it is told to stop.
+pub struct Traffic {
+    stop: Arc<AtomicBool>,
+    put: Arc<AtomicUsize>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Traffic {
+    pub fn start(servers: &Arc<Servers>, stream: &'static str) -> Self {
+        let (stop, put) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let (servers, stopped, count) = (servers.clone(), stop.clone(), put.clone());
+        let thread = thread::spawn(move || {
+            while !stopped.load(Ordering::SeqCst) {
+                let n = count.load(Ordering::SeqCst);
+                servers.put_lines(stream, &format!("key-{n}"), &lines(n, n + 1));
+                count.store(n + 1, Ordering::SeqCst);
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        Self { stop, put, thread }
+    }
+
+    /// Stops, and gives the lines that were put.
+    pub fn finish(self) -> Vec<String> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().expect("the traffic");
+        lines(0, self.put.load(Ordering::SeqCst))
+    }
+}
+
 /// A running binary whose output is collected. Killed when dropped.
 pub struct Running {
     child: Child,
-    stdout: Arc<Mutex<Vec<String>>>,
+    stdout: Arc<Mutex<Vec<(Instant, String)>>>,
     stderr: Arc<Mutex<String>>,
     readers: Vec<thread::JoinHandle<()>>,
 }
@@ -194,7 +224,7 @@ impl Running {
             for line in BufReader::new(out).split(b'\n') {
                 let Ok(line) = line else { return };
                 let line = String::from_utf8_lossy(&line).into_owned();
-                stdout.lock().expect("a lock").push(line);
+                stdout.lock().expect("a lock").push((Instant::now(), line));
             }
         }));
     }
@@ -211,7 +241,12 @@ impl Running {
     }
 
     pub fn stdout(&self) -> Vec<String> {
-        self.stdout.lock().expect("a lock").clone()
+        self.timed_stdout(0).into_iter().map(|(_, line)| line).collect()
+    }
+
+    /// The lines after the first `skipped` ones, and when each came.
+    pub fn timed_stdout(&self, skipped: usize) -> Vec<(Instant, String)> {
+        self.stdout.lock().expect("a lock")[skipped..].to_vec()
     }
 
     pub fn stderr(&self) -> String {
@@ -302,36 +337,6 @@ pub fn raws(stdout: &[String]) -> Vec<String> {
             value["event"]["data"]["raw"].as_str().expect("an OCS line").to_owned()
         })
         .collect()
-}
-
-/// Puts one line after the other, with keys for all shards, until it is told to stop.
-pub struct Traffic {
-    stop: Arc<AtomicBool>,
-    put: Arc<AtomicUsize>,
-    thread: thread::JoinHandle<()>,
-}
-
-impl Traffic {
-    pub fn start(servers: &Arc<Servers>, stream: &'static str) -> Self {
-        let (stop, put) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
-        let (servers, stopped, count) = (servers.clone(), stop.clone(), put.clone());
-        let thread = thread::spawn(move || {
-            while !stopped.load(Ordering::SeqCst) {
-                let n = count.load(Ordering::SeqCst);
-                servers.put_lines(stream, &format!("key-{n}"), &lines(n, n + 1));
-                count.store(n + 1, Ordering::SeqCst);
-                thread::sleep(Duration::from_millis(10));
-            }
-        });
-        Self { stop, put, thread }
-    }
-
-    /// Stops, and gives the lines that were put.
-    pub fn finish(self) -> Vec<String> {
-        self.stop.store(true, Ordering::SeqCst);
-        self.thread.join().expect("the traffic");
-        lines(0, self.put.load(Ordering::SeqCst))
-    }
 }
 
 /// The shards whose messages a worker printed with `--format json`.
