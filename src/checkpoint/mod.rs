@@ -1,6 +1,10 @@
 //! How far a shard has been read.
 
+mod tracker;
+
 use std::{cmp::Ordering, fmt};
+
+pub use tracker::Tracker;
 
 use crate::shard::SequenceNumber;
 
