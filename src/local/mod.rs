@@ -10,7 +10,10 @@ use std::{
 };
 
 use aws_types::{SdkConfig, region::Region, service_config::LoadServiceConfig};
-use axum::{extract::Request, middleware, middleware::Next};
+use axum::{
+    body::Body, extract::Request, http::StatusCode, middleware, middleware::Next,
+    response::IntoResponse as _,
+};
 use tokio::{net::TcpListener, task::JoinSet};
 
 const REGION: &str = "us-east-1";
@@ -192,6 +195,7 @@ async fn start_s3(root: &Path, servers: &mut JoinSet<()>) -> Result<String, Loca
     use hyper_util::{
         rt::{TokioExecutor, TokioIo},
         server::conn::auto::Builder,
+        service::TowerToHyperService,
     };
 
     std::fs::create_dir_all(root).map_err(|error| failed("S3", error))?;
@@ -202,6 +206,22 @@ async fn start_s3(root: &Path, servers: &mut JoinSet<()>) -> Result<String, Loca
         builder.set_auth(s3s::auth::SimpleAuth::from_single(CREDENTIAL, CREDENTIAL));
         builder.build()
     };
+    // The server compares an object's ETag, writes the object and writes its ETag in three steps. S3's
+    // conditional writes are one: so one request at a time.
+    let one_request = std::sync::Arc::new(tokio::sync::Mutex::new(()));
+    let app = axum::Router::new().fallback(move |request: Request| {
+        let (service, one_request) = (service.clone(), one_request.clone());
+        async move {
+            let _turn = one_request.lock().await;
+            match service.call(request.map(s3s::Body::http_body_unsync)).await {
+                Ok(answer) => answer.map(Body::new),
+                Err(error) => {
+                    tracing::warn!("the embedded S3 failed: {error:?}");
+                    StatusCode::INTERNAL_SERVER_ERROR.into_response()
+                }
+            }
+        }
+    });
     let (listener, url) = listen("S3").await?;
     servers.spawn(async move {
         let mut connections = JoinSet::new();
@@ -209,7 +229,7 @@ async fn start_s3(root: &Path, servers: &mut JoinSet<()>) -> Result<String, Loca
             tokio::select! {
                 accepted = listener.accept() => {
                     let Ok((socket, _)) = accepted else { continue };
-                    let service = service.clone();
+                    let service = TowerToHyperService::new(app.clone());
                     connections.spawn(async move {
                         let served = Builder::new(TokioExecutor::new())
                             .serve_connection(TokioIo::new(socket), service)
