@@ -8,6 +8,7 @@ mod generate;
 mod local;
 mod produce;
 mod simulation;
+mod state;
 mod status;
 mod support;
 mod worker;
