@@ -9,6 +9,7 @@ use aws_credential_types::provider::error::CredentialsError;
 use aws_smithy_runtime_api::client::{orchestrator::HttpResponse, result::SdkError};
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use aws_smithy_types::{event_stream::RawMessage, timeout::TimeoutConfig};
+use aws_types::{SdkConfig, service_config::ServiceConfigKey};
 
 /// An AWS call that did not succeed.
 #[derive(Debug, Clone)]
@@ -28,7 +29,7 @@ pub enum AwsErrorKind {
     Denied,
     /// There are no credentials, or AWS does not accept them.
     Credentials,
-    /// The stream, shard, consumer, table or bucket does not exist.
+    /// The stream, shard, consumer, table, bucket or object does not exist.
     NotFound,
     /// It exists already, or is busy.
     InUse,
@@ -71,6 +72,11 @@ impl fmt::Display for AwsError {
         let Self { operation, kind, said } = self;
         match kind {
             AwsErrorKind::Throttled => write!(f, "{operation} was throttled: {said}"),
+            AwsErrorKind::Denied if *operation == "s3:GetObject" => write!(
+                f,
+                "{operation} is not allowed: {said}; grant the IAM actions s3:GetObject on the object \
+                 and s3:ListBucket on the bucket (without it S3 answers so when there is no object)"
+            ),
             AwsErrorKind::Denied => {
                 write!(f, "{operation} is not allowed: {said}; grant the IAM action {operation}")
             }
@@ -196,13 +202,18 @@ fn kind_of(code: &str) -> AwsErrorKind {
         | "MissingAuthenticationToken"
         | "MissingAuthenticationTokenException"
         | "SignatureDoesNotMatch"
+        | "InvalidAccessKeyId"
         | "ExpiredToken"
         | "ExpiredTokenException" => AwsErrorKind::Credentials,
         "ResourceNotFoundException" | "NoSuchBucket" | "NoSuchKey" => AwsErrorKind::NotFound,
-        "ResourceInUseException" | "ConditionalRequestConflict" => AwsErrorKind::InUse,
+        "ResourceInUseException" | "OperationAborted" => AwsErrorKind::InUse,
         "LimitExceededException" => AwsErrorKind::Quota,
         "ExpiredIteratorException" => AwsErrorKind::ExpiredIterator,
-        "ConditionalCheckFailedException" | "PreconditionFailed" => AwsErrorKind::Condition,
+        "ConditionalCheckFailedException" | "PreconditionFailed" | "ConditionalRequestConflict" => {
+            AwsErrorKind::Condition
+        }
+        // S3 waited in vain for our bytes.
+        "RequestTimeout" => AwsErrorKind::Unreachable,
         "UnknownOperationException" | "InvalidAction" | "NotImplemented" => {
             AwsErrorKind::UnknownOperation
         }
@@ -254,6 +265,31 @@ pub(crate) fn lease_timeouts() -> TimeoutConfig {
         .connect_timeout(Duration::from_secs(1))
         .operation_attempt_timeout(Duration::from_secs(2))
         .build()
+}
+
+/// How long a state document of 64 MiB may take on its way.
+pub(crate) const STATE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Limits for reading and writing state documents. A connection on which nothing moves is given up
+/// sooner, by the SDK's stalled stream protection.
+pub(crate) fn state_timeouts() -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(Duration::from_secs(3))
+        .operation_attempt_timeout(STATE_LIMIT)
+        .build()
+}
+
+/// Describes an S3 client. Servers at an address of their own rarely know buckets by their host name, so
+/// there the bucket goes into the path.
+pub(crate) fn s3_config(config: &SdkConfig) -> aws_sdk_s3::config::Builder {
+    let key = ServiceConfigKey::builder()
+        .service_id("S3")
+        .env("AWS_ENDPOINT_URL")
+        .profile("endpoint_url")
+        .build();
+    let of_s3 = config.service_config().zip(key.ok()).and_then(|(of, key)| of.load_config(key));
+    let own_address = config.endpoint_url().is_some() || of_s3.is_some();
+    aws_sdk_s3::config::Builder::from(config).force_path_style(own_address)
 }
 
 /// A time as the SDK writes it.

@@ -17,6 +17,7 @@ mod read_faults;
 mod sequence_monitor;
 mod simulated_worker;
 mod simulation;
+mod state;
 mod status;
 mod streams;
 mod support;
