@@ -202,7 +202,6 @@ fn kind_of(code: &str) -> AwsErrorKind {
         | "MissingAuthenticationToken"
         | "MissingAuthenticationTokenException"
         | "SignatureDoesNotMatch"
-        | "InvalidAccessKeyId"
         | "ExpiredToken"
         | "ExpiredTokenException" => AwsErrorKind::Credentials,
         "ResourceNotFoundException" | "NoSuchBucket" | "NoSuchKey" => AwsErrorKind::NotFound,
@@ -221,7 +220,6 @@ fn kind_of(code: &str) -> AwsErrorKind {
         | "InternalFailureException"
         | "InternalServerError"
         | "InternalError"
-        | "RequestTimeout"
         | "ServiceUnavailable"
         | "ServiceUnavailableException" => AwsErrorKind::Server,
         _ => AwsErrorKind::Refused,

@@ -74,6 +74,7 @@ mod source;
 mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
+pub use checkpoint::Checkpoints;
 pub use handler::{
     Ack, Batch, Coalesce, Concurrent, DeadLetterError, DeadLetters, Deduplicate, Handler,
     MessagesFailed, OnFailure, Retries, RetryPer, StopReason, Tenure, Tolerance,
@@ -84,6 +85,6 @@ pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};
 pub use worker::{
-    Load, Messages, OnStuck, Poller, Received, Report, StartPosition, Worker, WorkerBuilder,
-    WorkerError, shutdown_signal,
+    Load, MaxCheckpointAge, Messages, OnStuck, Poller, Received, Report, StartPosition, Worker,
+    WorkerBuilder, WorkerError, shutdown_signal,
 };

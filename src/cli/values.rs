@@ -7,8 +7,8 @@ use clap::{ValueEnum, builder::PossibleValue};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
-    OnFailure, OnStuck, PartitionKey, Retrieval, SequenceNumber, StartPosition, feed::Format,
-    ocs::generate::Profile,
+    Checkpoints, MaxCheckpointAge, OnFailure, OnStuck, PartitionKey, Retrieval, SequenceNumber,
+    StartPosition, feed::Format, ocs::generate::Profile,
 };
 
 /// A length of time such as `500ms`, `10s` or `1h30m`.
@@ -50,6 +50,21 @@ pub(super) fn start(text: &str) -> Result<StartPosition, String> {
             "write latest, trim-horizon, service-day or a time such as 2025-07-02T06:00:00Z"
                 .to_owned()
         }),
+    }
+}
+
+/// A place for checkpoints.
+pub(super) fn checkpoints(text: &str) -> Result<Checkpoints, String> {
+    Checkpoints::parse(text).map_err(|error| error.to_string())
+}
+
+/// How old a checkpoint may be.
+pub(super) fn max_checkpoint_age(text: &str) -> Result<MaxCheckpointAge, String> {
+    match text {
+        "service-day" => Ok(MaxCheckpointAge::ServiceDay),
+        other => duration(other)
+            .map(MaxCheckpointAge::Age)
+            .map_err(|error| format!("write service-day or a duration; {error}")),
     }
 }
 

@@ -4,7 +4,6 @@
 //! and iterators underneath.
 
 mod fan_out;
-#[cfg(feature = "cli")]
 mod lag;
 mod polling;
 mod prefetch;

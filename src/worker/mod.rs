@@ -33,15 +33,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 pub use messages::{Messages, Poller, Received};
-pub use settings::{Load, StartPosition, WorkerBuilder};
+pub use settings::{Load, MaxCheckpointAge, StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
 pub use watchdog::OnStuck;
 
 use crate::{
+    checkpoint::{StateError, StateStore},
     handler::{DeadLetterError, DeadLetterStore, Handler},
     lease::{
-        self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked,
-        dynamodb::LeaseTable,
+        self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, LeaseStore, Looked,
+        MemoryTable, dynamodb::LeaseTable,
     },
     shard::ShardId,
     source::{SourceError, Streams},
@@ -65,7 +66,8 @@ const WATCH_AT_LEAST_EVERY: Duration = Duration::from_secs(5);
 /// Made by [`Worker::builder`]; runs until it is told to stop.
 pub struct Worker<F> {
     streams: Streams,
-    table: LeaseTable,
+    leases: Leases,
+    state: Option<Arc<StateStore>>,
     letters: Arc<DeadLetterStore>,
     settings: Settings,
     make_handler: F,
@@ -111,6 +113,9 @@ pub enum WorkerError {
         /// The time.
         start: Timestamp,
     },
+    /// A place for checkpoints is set, and that none are to be stored.
+    #[error("checkpoints are to be stored and not to be stored; choose one")]
+    CheckpointsAndNone,
     /// A stream is named twice.
     #[error("stream {stream} is named twice; name each stream once")]
     StreamTwice {
@@ -161,6 +166,28 @@ pub enum WorkerError {
         sequence_number: String,
         /// How many of a hundred are tolerated.
         percent: f64,
+        /// The handler's error.
+        reason: String,
+    },
+    /// Positions and state cannot be kept.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A handler has state and there is no place for it.
+    #[error(
+        "shard {shard}: the handler has state, which the lease table has no place for; keep checkpoints \
+         in S3 or in a file"
+    )]
+    NoPlaceForState {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// The state that was stored cannot be taken up, or that of the handler cannot be stored.
+    #[error("shard {shard}: the handler cannot {what} its state: {reason}; the worker stops")]
+    HandlerState {
+        /// The shard.
+        shard: ShardId,
+        /// What it was to do.
+        what: &'static str,
         /// The handler's error.
         reason: String,
     },
@@ -298,6 +325,14 @@ impl Worker<()> {
     }
 }
 
+/// Where the leases are.
+enum Leases {
+    /// In DynamoDB, shared by a fleet.
+    Table(LeaseTable),
+    /// In this process: it is the only worker.
+    Own(MemoryTable),
+}
+
 impl<F, H> Worker<F>
 where
     F: Fn(&ShardId) -> H,
@@ -309,6 +344,17 @@ where
         self,
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<Report, WorkerError> {
+        match &self.leases {
+            Leases::Table(table) => self.run_with(table.clone(), shutdown).await,
+            Leases::Own(table) => self.run_with(table.clone(), shutdown).await,
+        }
+    }
+
+    async fn run_with<S: LeaseStore>(
+        &self,
+        table: S,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<Report, WorkerError> {
         let mut shutdown = pin!(shutdown);
         let counters = Arc::new(Counters::new());
         let mut running = Running {
@@ -317,7 +363,7 @@ where
             tasks: JoinSet::new(),
             shards: BTreeMap::new(),
             leases: LeaseLoop::new(
-                self.table.clone(),
+                table,
                 lease::Settings {
                     worker: self.settings.worker_id.clone(),
                     max_leases: self.settings.max_leases,
@@ -331,7 +377,7 @@ where
             discover_at: None,
             failing: false,
             counters: counters.clone(),
-            worker: &self,
+            worker: self,
         };
         let idle_limit = self.settings.stop_when_idle;
         let stop = running.stop.clone();
@@ -401,22 +447,22 @@ where
 }
 
 /// A shard whose task runs.
-struct RunningShard {
+struct RunningShard<S> {
     id: ShardId,
-    held: Arc<HeldLease<LeaseTable>>,
+    held: Arc<HeldLease<S>>,
     activity: Arc<Activity>,
     watched: Watched,
     task: AbortHandle,
 }
 
 /// The state of a running worker.
-struct Running<'a, F> {
+struct Running<'a, F, S> {
     worker: &'a Worker<F>,
     initial: InitialPosition,
     stop: CancellationToken,
     tasks: JoinSet<Outcome>,
-    shards: BTreeMap<tokio::task::Id, RunningShard>,
-    leases: LeaseLoop<LeaseTable>,
+    shards: BTreeMap<tokio::task::Id, RunningShard<S>>,
+    leases: LeaseLoop<S>,
     /// When to ask for shards next; `None` means now.
     discover_at: Option<Instant>,
     /// Whether the last look failed, so that an outage is told once.
@@ -426,10 +472,11 @@ struct Running<'a, F> {
 
 type Joined = Result<(tokio::task::Id, Outcome), tokio::task::JoinError>;
 
-impl<F, H> Running<'_, F>
+impl<F, H, S> Running<'_, F, S>
 where
     F: Fn(&ShardId) -> H,
     H: Handler,
+    S: LeaseStore,
 {
     /// Looks at the table, starts to read what it got, and tells when to look again. An error ends the
     /// worker.
@@ -468,7 +515,7 @@ where
     }
 
     /// Looks, and tells what went wrong without making the look useless.
-    async fn try_look(&mut self) -> Result<(Looked<LeaseTable>, Option<WorkerError>), WorkerError> {
+    async fn try_look(&mut self) -> Result<(Looked<S>, Option<WorkerError>), WorkerError> {
         // A worker that only watches the bell leaves discovery to those that watch the table.
         let due = self.discover_at.is_none_or(|at| Instant::now() >= at);
         let listed = if due && !self.leases.watches_bell() {
@@ -495,7 +542,7 @@ where
     fn start(
         &mut self,
         id: ShardId,
-        held: Arc<HeldLease<LeaseTable>>,
+        held: Arc<HeldLease<S>>,
         activity: Arc<Activity>,
         mut watched: Watched,
     ) {
@@ -513,6 +560,7 @@ where
             counters: self.counters.clone(),
             settings: self.worker.settings.clone(),
             letters: self.worker.letters.clone(),
+            state: self.worker.state.clone(),
         };
         self.counters.note_activity();
         activity.enter(Step::Opens);
@@ -559,7 +607,7 @@ where
 
     /// Goes on with a shard whose task was dropped because it did not get on. Tells whether to look at
     /// the table at once.
-    fn dropped(&mut self, shard: RunningShard) -> bool {
+    fn dropped(&mut self, shard: RunningShard<S>) -> bool {
         let RunningShard { id, held, activity, watched, .. } = shard;
         if !held.is_valid() || self.stop.is_cancelled() {
             self.leases.done(&id);
@@ -632,7 +680,7 @@ where
     /// Whether every shard has been at its tip for `limit`; one that stopped because of a failure does
     /// not count.
     fn is_idle(&self, limit: Duration) -> bool {
-        let is_parked = |shard: &RunningShard| shard.activity.now().step == Step::Parked;
+        let is_parked = |shard: &RunningShard<S>| shard.activity.now().step == Step::Parked;
         self.leases.has_looked()
             && !self.leases.unattended()
             && self.shards.values().all(|shard| is_parked(shard) || shard.held.is_caught_up())

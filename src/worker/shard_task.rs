@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -17,7 +18,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
-    checkpoint::{Checkpoint, Position},
+    checkpoint::{Checkpoint, Position, Saved, ShardState, StateError, StateStore},
     handler::{
         DeadLetter, DeadLetterStore, Handler, Kind, Place as DeadLetterPlace, RecordPlace,
         StopReason, Tenure,
@@ -42,6 +43,7 @@ pub(super) struct ShardTask<S> {
     pub counters: Arc<Counters>,
     pub settings: Settings,
     pub letters: Arc<DeadLetterStore>,
+    pub state: Option<Arc<StateStore>>,
 }
 
 /// How the reading of a shard came to its end.
@@ -91,6 +93,8 @@ struct Progress {
     failing: bool,
     next_checkpoint: Instant,
     told_misplaced: bool,
+    /// Where positions and state are kept, if not in the lease table.
+    state: Option<ShardState>,
 }
 
 impl<S: LeaseStore> ShardTask<S> {
@@ -110,6 +114,7 @@ impl<S: LeaseStore> ShardTask<S> {
             failing: false,
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
             told_misplaced: false,
+            state: None,
         };
         let mut delivery = Delivery::new(
             handler,
@@ -184,7 +189,7 @@ impl<S: LeaseStore> ShardTask<S> {
             hash_key_range: lease.hash_key_range,
         });
         let interrupt = match self.read_on(&lease, &name, delivery, progress).await {
-            Ok(children) => self.end(children).await.err(),
+            Ok(children) => self.end(children, delivery, progress).await.err(),
             Err(interrupt) => Some(interrupt),
         };
         let Some(interrupt) = interrupt else {
@@ -217,14 +222,14 @@ impl<S: LeaseStore> ShardTask<S> {
             (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
             (Ok(()), Interrupt::WindowEnd) => Outcome::WindowEnd,
             (released, Interrupt::Failed(error)) => {
-                if let Err(lease_error) = released {
+                if let Err(Interrupt::Failed(lease_error)) = released {
                     tracing::warn!("lease not released: {lease_error}");
                 }
                 Outcome::Failed(error)
             }
             (Ok(()), _) => Outcome::Stopped,
-            (Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }), _) => Outcome::Lost,
-            (Err(error), _) => Outcome::Failed(error.into()),
+            (Err(Interrupt::Failed(error)), _) => Outcome::Failed(error),
+            (Err(_), _) => Outcome::Lost,
         }
     }
 
@@ -271,8 +276,28 @@ impl<S: LeaseStore> ShardTask<S> {
             () = self.held.usable() => {}
         }
         self.activity.enter(Step::Opens);
-        let place = self.place(lease).await?;
+        let kept = self.open_state(lease, progress).await?;
+        let lease =
+            &match kept.as_ref().and_then(|saved| saved.checkpoint.clone().zip(kept.as_ref())) {
+                Some((checkpoint, saved)) => {
+                    Lease { checkpoint, start_at: saved.start_at, ..lease.clone() }
+                }
+                None => lease.clone(),
+            };
+        let oldest = self.oldest_to_go_on_from(lease).await?;
+        let place = match oldest {
+            Some(oldest) => {
+                progress.stored = None;
+                Place::Time(oldest)
+            }
+            None => self.place(lease, progress).await?,
+        };
         tracing::debug!(%place, "reading");
+        if let Some(state) = kept.and_then(|kept| kept.state).filter(|_| oldest.is_none())
+            && let Err(error) = delivery.handler.restore(&state)
+        {
+            return Err(self.handler_state(lease, "take up", error.to_string()));
+        }
         let tenure = Tenure {
             shard: lease.shard.clone(),
             lease_counter: lease.counter,
@@ -328,9 +353,106 @@ impl<S: LeaseStore> ShardTask<S> {
         }
     }
 
+    /// Opens the shard's place in the store of positions and state, and gives what is kept there.
+    async fn open_state(
+        &self,
+        lease: &Lease,
+        progress: &mut Progress,
+    ) -> Result<Option<Saved>, Interrupt> {
+        let Some(store) = &self.state else { return Ok(None) };
+        let opened = self.until_it_works(|| store.open(&lease.shard, lease.counter)).await?;
+        let (state, saved) = opened;
+        progress.state = Some(state);
+        if let Some(checkpoint) = &saved.checkpoint {
+            progress.stored = match checkpoint {
+                Checkpoint::At(position) => Some(position.clone()),
+                _ => None,
+            };
+        }
+        Ok(Some(saved))
+    }
+
+    async fn save(
+        &self,
+        state: &ShardState,
+        checkpoint: &Checkpoint,
+        start_at: Option<Timestamp>,
+        snapshot: Option<Vec<u8>>,
+    ) -> Result<(), Interrupt> {
+        self.activity.enter(Step::Checkpoints);
+        let snapshot = snapshot.map(Bytes::from);
+        self.until_it_works(|| state.save(checkpoint, start_at, snapshot.clone())).await
+    }
+
+    /// Tries again while waiting may help and the lease is ours.
+    async fn until_it_works<T, A>(&self, attempt: impl Fn() -> A) -> Result<T, Interrupt>
+    where
+        A: Future<Output = Result<T, StateError>>,
+    {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut told = false;
+        loop {
+            match attempt().await {
+                Ok(done) => return Ok(done),
+                Err(error) if error.is_transient() && self.held.is_valid() => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!("{error}; trying again while the lease is ours");
+                    }
+                    tokio::time::sleep(backoff.next_wait()).await;
+                }
+                Err(error) => return Err(Interrupt::Failed(error.into())),
+            }
+        }
+    }
+
+    /// The handler's state, if it has any.
+    async fn snapshot<H: Handler>(
+        &self,
+        delivery: &mut Delivery<H, S>,
+    ) -> Result<Option<Vec<u8>>, Interrupt> {
+        let snapshot = match delivery.handler.snapshot() {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                let lease = self.held.lease().await;
+                return Err(self.handler_state(&lease, "give", error.to_string()));
+            }
+        };
+        if snapshot.is_some() && self.state.is_none() {
+            let shard = self.held.lease().await.shard;
+            return Err(Interrupt::Failed(WorkerError::NoPlaceForState { shard }));
+        }
+        Ok(snapshot)
+    }
+
+    fn handler_state(&self, lease: &Lease, what: &'static str, reason: String) -> Interrupt {
+        let shard = lease.shard.clone();
+        Interrupt::Failed(WorkerError::HandlerState { shard, what, reason })
+    }
+
+    /// Where to go on instead of at the checkpoint, if that is older than it may be.
+    async fn oldest_to_go_on_from(&self, lease: &Lease) -> Result<Option<Timestamp>, Interrupt> {
+        let (Some(age), Checkpoint::At(position)) =
+            (self.settings.max_checkpoint_age, &lease.checkpoint)
+        else {
+            return Ok(None);
+        };
+        let oldest = age.oldest(Timestamp::now());
+        let place = Place::At(position.sequence_number.clone());
+        let found = self.stream.lag(&lease.shard, &place, Timestamp::now()).await;
+        let found = found.map_err(|error| Interrupt::Failed(error.into()))?;
+        let too_old = found.finished_arrived_at.is_some_and(|at| at < oldest);
+        if too_old {
+            tracing::warn!(
+                checkpoint = %lease.checkpoint, %oldest,
+                "the checkpoint is older than it may be: reading goes on with what arrived from then on"
+            );
+        }
+        Ok(too_old.then_some(oldest))
+    }
+
     /// Where to start, by the lease. What the lease's checkpoint does not make concrete is made so and
     /// written down before the first read.
-    async fn place(&self, lease: &Lease) -> Result<Place, Interrupt> {
+    async fn place(&self, lease: &Lease, progress: &Progress) -> Result<Place, Interrupt> {
         let start_at = match (&lease.checkpoint, lease.start_at, self.initial) {
             (Checkpoint::At(position), ..) => {
                 return Ok(Place::At(position.sequence_number.clone()));
@@ -349,6 +471,9 @@ impl<S: LeaseStore> ShardTask<S> {
         };
         let start_at = whole_millis(start_at);
         self.held.write_surely(&Change::Pin { start_at }).await?;
+        if let Some(state) = &progress.state {
+            self.save(state, &lease.checkpoint, Some(start_at), None).await?;
+        }
         match lease.checkpoint {
             Checkpoint::Latest => Ok(Place::Latest),
             _ => Ok(Place::Time(start_at)),
@@ -447,6 +572,16 @@ impl<S: LeaseStore> ShardTask<S> {
         let Some(position) = progress.unstored(delivery) else { return Ok(()) };
         self.activity.enter(Step::Checkpoints);
         let checkpoint = Checkpoint::At(position.clone());
+        if progress.state.is_some() && delivery.outstanding() > 0 {
+            // The handler's state is that of more than is finished: it is stored when both agree.
+            return Ok(());
+        }
+        let snapshot = self.snapshot(delivery).await?;
+        if let Some(state) = &progress.state {
+            self.save(state, &checkpoint, None, snapshot).await?;
+            progress.stored = Some(position);
+            return Ok(());
+        }
         match self.held.write(&Change::Checkpoint { checkpoint }).await {
             Ok(()) => {
                 progress.stored = Some(position);
@@ -468,9 +603,13 @@ impl<S: LeaseStore> ShardTask<S> {
     async fn release<H: Handler>(
         &self,
         delivery: &mut Delivery<H, S>,
-        progress: &Progress,
-    ) -> Result<(), LeaseError> {
-        let checkpoint = progress.unstored(delivery).map(Checkpoint::At);
+        progress: &mut Progress,
+    ) -> Result<(), Interrupt> {
+        if progress.state.is_some() {
+            self.checkpoint(delivery, progress).await?;
+        }
+        let unstored = progress.unstored(delivery).filter(|_| progress.state.is_none());
+        let checkpoint = unstored.map(Checkpoint::At);
         self.held.write_surely(&Change::Release { checkpoint }).await?;
         tracing::info!("lease released");
         Ok(())
@@ -478,13 +617,22 @@ impl<S: LeaseStore> ShardTask<S> {
 
     /// Gives the following shards their leases, and then marks this one finished: in this order, so
     /// that a crash between the two repeats the first and loses nothing.
-    async fn end(&self, children: Vec<ChildShard>) -> Result<(), Interrupt> {
+    async fn end<H: Handler>(
+        &self,
+        children: Vec<ChildShard>,
+        delivery: &mut Delivery<H, S>,
+        progress: &mut Progress,
+    ) -> Result<(), Interrupt> {
         self.activity.enter(Step::Ends);
         tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(Interrupt::Stopped),
             () = self.held.asked() => return Err(Interrupt::Asked),
             () = self.create_children_surely(&children) => {}
+        }
+        if let Some(state) = &progress.state {
+            let snapshot = self.snapshot(delivery).await?;
+            self.save(state, &Checkpoint::ShardEnd, None, snapshot).await?;
         }
         let children = children.into_iter().map(|child| child.id).collect();
         Ok(self.held.write_surely(&Change::End { children }).await?)

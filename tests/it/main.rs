@@ -4,6 +4,7 @@ mod calm_fleet;
 mod consume;
 mod demo;
 mod errors;
+mod exactly_once;
 mod failure;
 mod fleet;
 mod fronts;

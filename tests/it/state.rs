@@ -309,6 +309,7 @@ async fn p3_p4_documents_and_the_lease_table_refuse_an_earlier_owner_alike() {
         hand_over_limit: Duration::from_secs(60),
         finished_kept_for: Duration::from_secs(360),
         seed: 1,
+        wall_clock: jiff::Timestamp::now,
     };
     let mut leases = LeaseLoop::new(table.clone(), settings);
     let start = InitialPosition::TrimHorizon;
@@ -324,9 +325,9 @@ async fn p3_p4_documents_and_the_lease_table_refuse_an_earlier_owner_alike() {
         assert_eq!(first.save(at(7)).await, Ok(()), "{what}");
         let found = match bed {
             None => {
-                let seen = table.get(&shard).await.expect("a table").expect("a lease");
-                let take = Change::Take { worker: "second".into() };
-                Some(table.update(&seen, &take).await.expect("taken").checkpoint)
+                let mut seen = table.get(&shard).await.expect("a table").expect("a lease");
+                let take = Change::Take { worker: "second".into(), at: jiff::Timestamp::now() };
+                Some(table.update(&mut seen, &take).await.expect("taken").checkpoint)
             }
             Some(bed) => bed.store("second").open(&shard, 2).await.expect("open").1.checkpoint,
         };
