@@ -14,7 +14,7 @@ use tramline::{
 use crate::support::{Servers, Traffic, lines, raws, run};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
-const KILLS: u32 = 40;
+const KILLS: u32 = 100;
 
 /// Counts messages and adds up their numbers; tells its totals when its shard stops.
 #[derive(Clone, Default)]
@@ -101,7 +101,7 @@ fn totals_after_kills(place: &Checkpoints) {
         run_for(&servers, place, Some(Duration::from_millis(rng.random_range(20..160))));
     }
     let sent = traffic.finish();
-    println!("killed");
+
     let told = run_for(&servers, place, None);
     assert_eq!(told.len(), 2, "both shards");
     let (count, sum) = told.iter().fold((0, 0), |(c, s), (count, sum)| (c + count, s + sum));
