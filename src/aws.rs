@@ -28,7 +28,7 @@ pub enum AwsErrorKind {
     Denied,
     /// There are no credentials, or AWS does not accept them.
     Credentials,
-    /// The stream, shard, consumer or table does not exist.
+    /// The stream, shard, consumer, table or bucket does not exist.
     NotFound,
     /// It exists already, or is busy.
     InUse,
@@ -117,6 +117,11 @@ where
     AwsError { operation, kind, said: said(service.err(), &format!("HTTP status {status}")) }
 }
 
+/// Reads the error of one record of a call that otherwise succeeded.
+pub(crate) fn record_failure(operation: &'static str, code: &str, message: &str) -> AwsError {
+    AwsError { operation, kind: kind_of(code), said: format!("{code}: {message}") }
+}
+
 /// AWS answers in JSON. Anything else comes from something in between, such as a proxy that cannot reach
 /// its server; a page of HTML in answer to a subscription, from a server that does not know it (moto).
 fn unreadable(
@@ -184,6 +189,7 @@ fn kind_of(code: &str) -> AwsErrorKind {
         }
         "UnrecognizedClientException"
         | "InvalidClientTokenId"
+        | "InvalidAccessKeyId"
         | "InvalidSignatureException"
         | "IncompleteSignatureException"
         | "IncompleteSignature"
@@ -192,17 +198,19 @@ fn kind_of(code: &str) -> AwsErrorKind {
         | "SignatureDoesNotMatch"
         | "ExpiredToken"
         | "ExpiredTokenException" => AwsErrorKind::Credentials,
-        "ResourceNotFoundException" => AwsErrorKind::NotFound,
-        "ResourceInUseException" => AwsErrorKind::InUse,
+        "ResourceNotFoundException" | "NoSuchBucket" | "NoSuchKey" => AwsErrorKind::NotFound,
+        "ResourceInUseException" | "ConditionalRequestConflict" => AwsErrorKind::InUse,
         "LimitExceededException" => AwsErrorKind::Quota,
         "ExpiredIteratorException" => AwsErrorKind::ExpiredIterator,
-        "ConditionalCheckFailedException" => AwsErrorKind::Condition,
+        "ConditionalCheckFailedException" | "PreconditionFailed" => AwsErrorKind::Condition,
         "UnknownOperationException" | "InvalidAction" | "NotImplemented" => {
             AwsErrorKind::UnknownOperation
         }
         "InternalFailure"
         | "InternalFailureException"
         | "InternalServerError"
+        | "InternalError"
+        | "RequestTimeout"
         | "ServiceUnavailable"
         | "ServiceUnavailableException" => AwsErrorKind::Server,
         _ => AwsErrorKind::Refused,

@@ -74,7 +74,7 @@ mod source;
 mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
-pub use handler::{Batch, Handler, Tenure};
+pub use handler::{Batch, DeadLetterError, DeadLetters, Handler, Tenure};
 pub use lease::LeaseError;
 pub use produce::{PartitionKey, ProduceError, Producer, ProducerReport, ProducerSettings};
 pub use record::Message;

@@ -1,10 +1,15 @@
 //! What a service implements to get messages.
 
 mod dead_letter;
+#[cfg(test)]
+mod dead_letter_line;
+#[cfg_attr(not(test), expect(dead_code, reason = "the worker's failure policy stores through it"))]
+mod dead_letters;
 
 use std::{fmt, ops::Deref, time::Duration};
 
-pub(crate) use dead_letter::{DeadLetter, Place};
+pub(crate) use dead_letter::{DeadLetter, Kind, Place, RecordPlace};
+pub use dead_letters::{DeadLetterError, DeadLetters};
 
 use crate::{record::Message, shard::ShardId};
 

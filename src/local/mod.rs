@@ -10,12 +10,18 @@ use std::{
 };
 
 use aws_types::{SdkConfig, region::Region, service_config::LoadServiceConfig};
-use axum::{extract::Request, middleware, middleware::Next};
+use axum::{
+    extract::{DefaultBodyLimit, Request},
+    middleware,
+    middleware::Next,
+};
 use tokio::{net::TcpListener, task::JoinSet};
 
 const REGION: &str = "us-east-1";
 /// Any value will do: the embedded servers check no signatures.
 const CREDENTIAL: &str = "local";
+/// The largest body of a call to Kinesis.
+const PUT_LIMIT_BYTES: usize = 7 * 1024 * 1024;
 
 /// Embedded servers that run until this is dropped.
 pub struct Local {
@@ -159,6 +165,9 @@ async fn start_kinesis(
             next.run(request).await
         }
     }));
+
+    // Kinesis takes 5 MiB a call, which are 7 MiB in Base64; axum would refuse more than 2 MB.
+    let app = app.layer(DefaultBodyLimit::max(PUT_LIMIT_BYTES));
 
     let (listener, url) = listen("Kinesis").await?;
     servers.spawn(async move {

@@ -12,7 +12,7 @@ use tracing::Instrument as _;
 
 use super::{Shared, add, connection_name, lane::Lane, partition_key};
 use crate::{
-    handler::{DeadLetter, Place},
+    handler::{DeadLetter, Kind, Place},
     ocs::{EventSource, Frame, Framer, event_time},
 };
 
@@ -131,8 +131,7 @@ impl Connection<'_> {
         let unfinished = framer.into_unfinished();
         if !unfinished.is_empty() {
             let length_bytes = unfinished.len() as u64;
-            let reason = "the connection closed in the middle of a message";
-            self.dead_letter(reason, unfinished, length_bytes, Timestamp::now()).await;
+            self.dead_letter(Kind::Unfinished, unfinished, length_bytes, Timestamp::now()).await;
         }
     }
 
@@ -150,26 +149,32 @@ impl Connection<'_> {
                 Frame::Heartbeat => add(&counters.heartbeats, 1),
                 Frame::Empty => add(&counters.empty_frames, 1),
                 Frame::Oversized { head, length_bytes } => {
-                    self.dead_letter("longer than the message limit", head, length_bytes, now)
-                        .await;
+                    self.dead_letter(Kind::Oversized, head, length_bytes, now).await;
                 }
             }
         }
     }
 
-    async fn dead_letter(
-        &self,
-        reason: &str,
-        data: Vec<u8>,
-        length_bytes: u64,
-        received_at: Timestamp,
-    ) {
+    async fn dead_letter(&self, kind: Kind, data: Vec<u8>, length_bytes: u64, now: Timestamp) {
         add(&self.shared.counters.dead_letters, 1);
-        let place = Place::Connection {
-            connection: self.name,
-            received_at: event_time(received_at),
-            length_bytes,
+        let reason = match kind {
+            Kind::Oversized => "longer than the message limit",
+            _ => "the connection closed in the middle of a message",
         };
-        DeadLetter::new(reason, place, &data).write().await;
+        let letter = DeadLetter {
+            kind,
+            reason: reason.to_owned(),
+            place: Place::Connection {
+                connection: self.name.to_owned(),
+                received_at: event_time(now),
+                length_bytes,
+            },
+            attempts: 0,
+            given_up_at: now,
+            application: None,
+            worker: None,
+            data: data.into(),
+        };
+        letter.write().await;
     }
 }

@@ -14,7 +14,7 @@ use super::{Counters, Settings, WorkerError};
 use crate::{
     backoff::Backoff,
     checkpoint::{Checkpoint, Position},
-    handler::{Batch, DeadLetter, Handler, Place as DeadLetterPlace, Tenure},
+    handler::{Batch, DeadLetter, Handler, Kind, Place as DeadLetterPlace, RecordPlace, Tenure},
     lease::{
         self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore as _,
         dynamodb::LeaseTable,
@@ -280,15 +280,25 @@ impl ShardTask {
             unpack(name, record, &mut batch.messages, &mut undecodable);
             for part in undecodable {
                 self.counters.undecodable.fetch_add(1, Ordering::Relaxed);
-                let place = DeadLetterPlace::Record {
-                    stream: &name.stream,
-                    shard: name.shard.as_str(),
-                    sequence_number: position.sequence_number.as_str(),
-                    sub_sequence_number: part.sub_sequence_number,
-                    partition_key: &partition_key,
-                    arrived_at: arrived_at.map(|at| at.to_string()),
+                let letter = DeadLetter {
+                    kind: Kind::Undecodable,
+                    reason: part.reason,
+                    place: DeadLetterPlace::Record(RecordPlace {
+                        stream: name.stream.to_string(),
+                        shard: name.shard.as_str().to_owned(),
+                        sequence_number: position.sequence_number.clone(),
+                        user_record: None,
+                        sub_sequence_number: part.sub_sequence_number,
+                        partition_key: partition_key.clone(),
+                        arrived_at,
+                    }),
+                    attempts: 0,
+                    given_up_at: Timestamp::now(),
+                    application: None,
+                    worker: None,
+                    data: part.data,
                 };
-                DeadLetter::new(&part.reason, place, &part.data).write().await;
+                letter.write().await;
             }
             self.counters.records.fetch_add(1, Ordering::Relaxed);
             finished = Some(position);
