@@ -1,15 +1,29 @@
 //! What a service implements to get messages.
 
 mod dead_letter;
-#[cfg(test)]
+#[cfg(any(test, feature = "cli"))]
 mod dead_letter_line;
 #[cfg_attr(not(test), expect(dead_code, reason = "the worker's failure policy stores through it"))]
 mod dead_letters;
 
 use std::{fmt, ops::Deref, time::Duration};
 
+#[cfg(test)]
+pub(crate) use dead_letter::tests as dead_letter_tests;
 pub(crate) use dead_letter::{DeadLetter, Kind, Place, RecordPlace};
+#[cfg(feature = "cli")]
+pub(crate) use dead_letter::{LetterId, Part, hexadecimal};
+#[cfg(feature = "cli")]
+pub(crate) use dead_letter_line::ReadLine;
 pub use dead_letters::{DeadLetterError, DeadLetters};
+#[cfg(feature = "cli")]
+pub(crate) use dead_letters::{
+    Destination,
+    file::sync_name,
+    is_stream_name,
+    kinesis::{KEY_LIMIT_CHARS, Outgoing, RECORD_LIMIT_BYTES, put_records, round},
+    s3::client as s3_client,
+};
 
 use crate::{record::Message, shard::ShardId};
 

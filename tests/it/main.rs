@@ -7,6 +7,7 @@ mod fleet;
 mod generate;
 mod local;
 mod produce;
+mod redrive;
 mod simulation;
 mod status;
 mod support;
