@@ -370,6 +370,8 @@ struct State {
     puts: usize,
     /// What happens to the put of this number.
     spoil: Option<(usize, Spoil)>,
+    /// A put that arrives after the next read.
+    late: Option<Vec<u8>>,
 }
 
 /// What happens to a put.
@@ -379,6 +381,8 @@ enum Spoil {
     Request,
     /// It does not arrive, and there is never an answer.
     Hold,
+    /// It arrives when the next redrive has looked for it once.
+    Late,
     /// It arrives, and the connection breaks before the answer.
     Answer,
     /// It arrives, and there is never an answer.
@@ -428,14 +432,19 @@ impl Proxy {
 /// Carries one request after the other.
 fn carry(mut client: TcpStream, mut server: TcpStream, state: &Mutex<State>) {
     while let Some(request) = message(&mut client) {
+        let is = |operation: &str| {
+            let target = format!("Kinesis_20131202.{operation}");
+            request.windows(target.len()).any(|bytes| bytes == target.as_bytes())
+        };
         let mut spoil = None;
-        if String::from_utf8_lossy(&request).contains("Kinesis_20131202.PutRecords") {
+        if is("PutRecords") {
             let mut state = state.lock().expect("a lock");
             spoil = state.spoil.filter(|(number, _)| *number == state.puts).map(|(_, spoil)| spoil);
             state.puts += 1;
+            state.late = (spoil == Some(Spoil::Late)).then(|| request.clone());
         }
         let answer = match spoil {
-            Some(Spoil::Request | Spoil::Hold) => None,
+            Some(Spoil::Request | Spoil::Hold | Spoil::Late) => None,
             _ => server.write_all(&request).ok().and_then(|()| message(&mut server)),
         };
         if spoil.is_some() {
@@ -443,11 +452,16 @@ fn carry(mut client: TcpStream, mut server: TcpStream, state: &Mutex<State>) {
         }
         let carried = match (spoil, answer) {
             (None, Some(answer)) => client.write_all(&answer).is_ok(),
-            (Some(Spoil::Wait | Spoil::Hold), _) => client.read(&mut [0]).is_err(),
+            (Some(Spoil::Wait | Spoil::Hold | Spoil::Late), _) => client.read(&mut [0]).is_err(),
             _ => false,
         };
         if !carried {
             break;
+        }
+        let late = if is("GetRecords") { state.lock().expect("a lock").late.take() } else { None };
+        if let Some(late) = late {
+            server.write_all(&late).expect("a late put");
+            message(&mut server).expect("an answer to nobody");
         }
     }
     let _ = client.shutdown(Shutdown::Both);
@@ -516,6 +530,26 @@ fn p9_killed_with_letters_of_a_bucket_every_letter_is_put_once_and_in_order() {
     let finished = run(redrive(&servers, "s3://letters/green", &[])).succeeded();
     assert!(finished.stderr.contains("that an earlier redrive was putting"), "{}", finished.stderr);
     assert_eq!(stored(&servers), messages(60, 6));
+}
+
+#[test]
+fn p9_a_put_that_arrives_after_the_kill_and_a_first_look_is_not_repeated() {
+    let servers = Servers::with_stream(STREAM, 1);
+    let proxy = Proxy::start(&servers);
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = file_with(dir.path(), &letters(4, 4));
+    proxy.spoil(0, Spoil::Late);
+    let mut running = Running::start(proxy.redrive(&servers, &url(&path), &[]));
+    proxy.wait_for_spoiled();
+    running.kill();
+    // It is found, so nobody waits for this long.
+    let settle = ["--settle", "1h"];
+    let args = ["redrive", "--from", &url(&path), "--to", STREAM];
+    let mut command = servers.tramline(&[&args[..], &settle].concat());
+    command.env("AWS_ENDPOINT_URL_KINESIS", &proxy.address);
+    let finished = run(command).succeeded();
+    assert!(finished.stderr.contains("letters=0 put_before=4"), "{}", finished.stderr);
+    assert_eq!(stored(&servers), messages(4, 4));
 }
 
 #[test]
