@@ -96,7 +96,6 @@ enum Command {
     Status(status::Status),
     /// Move checkpoints and give up leases
     Lease(lease::Lease),
-    /// Put dead letters back into a stream
     Redrive(redrive::Redrive),
     /// Send realistic OCS traffic to a TCP port
     Generate(generate::Generate),

@@ -14,18 +14,20 @@ use crate::{
     redrive::{self, Counts, JournalPlace, Letter, Selection, Settings},
 };
 
-/// Puts dead letters back into a stream: each once, with the partition key, the bytes and so the event id
-/// that it had, and in the order that the letters of its key had: by stream, shard and sequence number.
-/// Each becomes a record of its own, also if it came out of one with many.
+/// Put dead letters back into a stream
 ///
-/// Without --reason, what no consumer can read is left out. What was put is noted in a journal, so the
-/// same command again, also after a kill in the middle, puts only what is not there yet; copies of a
-/// letter, which a worker leaves after a crash, are put once too.
+/// Each is put once, as a record of its own, with the partition key, the bytes and so the event id that it
+/// had. The letters of a key keep their order: by stream, shard and sequence number. Without --reason,
+/// what no consumer can read is left out.
+///
+/// What was put is noted in a journal, so that the same command again, also after a kill in the middle,
+/// puts only what is not in the stream yet. Copies of a letter, which a worker leaves after a crash, are
+/// put once too. The exit code is 0 only if all was put.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline redrive --from s3://rtr-dead-letters/green --to ctd-ocs-raw-messages --dry-run
   tramline redrive --from file:///var/lib/rtr/letters.jsonl --to ctd-ocs-raw-messages
-  tramline redrive --from kinesis://rtr-dead-letters --state redriven.jsonl --to ctd-ocs-raw-messages
+  tramline redrive --from kinesis://letters --state redriven.jsonl --to ctd-ocs-raw-messages
   tramline redrive --from s3://rtr-dead-letters/green --to ctd-ocs-raw-messages \\
       --reason undecodable --since 2025-07-02T06:00:00Z --until 2025-07-02T07:00:00Z")]
 pub(super) struct Redrive {

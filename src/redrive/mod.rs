@@ -101,7 +101,7 @@ pub(crate) enum RedriveError {
         "it cannot be found out whether {stream} has all the letters that it was given: {source}; run \
          the same command again, which looks for them and goes on"
     )]
-    Look { stream: String, source: SourceError },
+    Look { stream: String, source: Box<SourceError> },
     #[error("stopped; {put} of {letters} letters are put; run the same command again to go on")]
     Stopped { put: usize, letters: usize },
     #[error("stopped before a letter was put")]
@@ -163,7 +163,8 @@ impl Redrive {
         let Self { target, settle, letters, uncertain, since, elsewhere, mut journal, .. } = self;
         let all = letters.len();
         let stream = target.name().to_owned();
-        let failed = |source| RedriveError::Look { stream: stream.clone(), source };
+        let failed =
+            |source| RedriveError::Look { stream: stream.clone(), source: Box::new(source) };
         let mut found = HashSet::new();
         if let (Some(since), false) = (since, uncertain.is_empty()) {
             tracing::info!(
