@@ -69,6 +69,8 @@ pub mod local;
 pub mod ocs;
 mod produce;
 pub mod record;
+#[cfg(feature = "cli")]
+mod redrive;
 pub mod shard;
 mod source;
 mod worker;

@@ -10,6 +10,7 @@ mod lease;
 #[cfg(feature = "local")]
 mod local;
 mod produce;
+mod redrive;
 mod signals;
 mod status;
 mod values;
@@ -95,6 +96,7 @@ enum Command {
     Status(status::Status),
     /// Move checkpoints and give up leases
     Lease(lease::Lease),
+    Redrive(redrive::Redrive),
     /// Send realistic OCS traffic to a TCP port
     Generate(generate::Generate),
 }
@@ -147,6 +149,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Consume(consume) => consume.run(&aws_config(&cli.global).await?, stop).await,
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
     }
 }

@@ -7,8 +7,11 @@ use clap::{ValueEnum, builder::PossibleValue};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
-    Checkpoints, MaxCheckpointAge, OnFailure, OnStuck, PartitionKey, Retrieval, SequenceNumber,
-    StartPosition, feed::Format, ocs::generate::Profile,
+    Checkpoints, DeadLetters, MaxCheckpointAge, OnFailure, OnStuck, PartitionKey, Retrieval,
+    SequenceNumber, StartPosition,
+    feed::Format,
+    handler::{Kind, is_stream_name},
+    ocs::generate::Profile,
 };
 
 /// A length of time such as `500ms`, `10s` or `1h30m`.
@@ -100,6 +103,31 @@ pub(super) fn reset_position(text: &str) -> Result<ResetPosition, String> {
     }
 }
 
+/// A point in time.
+pub(super) fn time(text: &str) -> Result<Timestamp, String> {
+    text.parse().map_err(|_| "write a time such as 2025-07-02T06:00:00Z".to_owned())
+}
+
+/// A place where dead letters are stored and can be read back.
+pub(super) fn dead_letters(text: &str) -> Result<DeadLetters, String> {
+    text.parse()
+        .ok()
+        .filter(|parsed| *parsed != DeadLetters::stderr())
+        .ok_or_else(|| "write kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH".to_owned())
+}
+
+/// The name of a stream.
+pub(super) fn stream_name(text: &str) -> Result<String, String> {
+    is_stream_name(text)
+        .then(|| text.to_owned())
+        .ok_or_else(|| "write the name of a stream: letters, digits, _ . and -".to_owned())
+}
+
+/// The word for a value.
+pub(super) fn word(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or(String::new(), |word| word.get_name().to_owned())
+}
+
 /// Words for values of enums that live elsewhere.
 macro_rules! words {
     ($type:ty { $($variant:ident = $word:literal $help:literal,)+ }) => {
@@ -145,6 +173,14 @@ words!(PartitionKey {
     ConnectionHash = "connection-hash" "a salted hash of the peer's address and port",
     HostHash = "host-hash" "a salted hash of the peer's address",
     Connection = "connection" "{local address -> peer address}, readable, as Trike writes it",
+});
+
+words!(Kind {
+    Undecodable = "undecodable" "no raw OCS message",
+    HandlerFailed = "handler-failed" "the handler returned an error each time",
+    HandlerTimedOut = "handler-timed-out" "the handler did not return in time",
+    Oversized = "oversized" "of an OCS connection, never in a stream: not put back",
+    Unfinished = "unfinished" "of an OCS connection, never in a stream: not put back",
 });
 
 words!(Profile {

@@ -15,6 +15,7 @@ mod local;
 mod produce;
 mod proxy;
 mod read_faults;
+mod redrive;
 mod sequence_monitor;
 mod simulated_worker;
 mod simulation;
