@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::{Change, Lease, LeaseError, LeaseStore, Verdict, verdict};
 use crate::{
-    aws::{self, AwsError, AwsErrorKind},
+    aws::{self, AwsError, AwsErrorKind, Reconnecting},
     checkpoint::Checkpoint,
     shard::{HashKeyRange, Shard, ShardId},
 };
@@ -57,7 +57,7 @@ const CREATE_LIMIT: Duration = Duration::from_secs(60);
 /// The lease table of one application.
 #[derive(Debug, Clone)]
 pub struct LeaseTable {
-    client: Client,
+    client: Arc<Reconnecting<Client>>,
     name: String,
     /// The unreadable rows that were told.
     told: Arc<Mutex<BTreeSet<String>>>,
@@ -69,7 +69,8 @@ impl LeaseTable {
         let config = aws_sdk_dynamodb::config::Builder::from(config)
             .timeout_config(aws::lease_timeouts())
             .build();
-        Self { client: Client::from_conf(config), name: name.into(), told: Arc::default() }
+        let client = Reconnecting::new(move || Client::from_conf(config.clone()));
+        Self { client: client.into(), name: name.into(), told: Arc::default() }
     }
 
     /// Waits until the table can be used, and creates it, paid per request, if there is none.
@@ -93,9 +94,9 @@ impl LeaseTable {
     }
 
     async fn status(&self) -> Result<Option<TableStatus>, LeaseError> {
-        match self.client.describe_table().table_name(&self.name).send().await {
+        match self.client.get().describe_table().table_name(&self.name).send().await {
             Ok(answer) => Ok(answer.table.and_then(|table| table.table_status)),
-            Err(error) => match aws::failure("dynamodb:DescribeTable", error) {
+            Err(error) => match self.client.failure("dynamodb:DescribeTable", error) {
                 error if error.kind() == AwsErrorKind::NotFound => Ok(None),
                 error => Err(self.failed(error)),
             },
@@ -113,6 +114,7 @@ impl LeaseTable {
             .build();
         let created = self
             .client
+            .get()
             .create_table()
             .table_name(&self.name)
             .set_attribute_definitions(key.ok().map(|key| vec![key]))
@@ -125,7 +127,7 @@ impl LeaseTable {
                 tracing::info!(table = self.name, "lease table created");
                 Ok(())
             }
-            Err(error) => match aws::failure("dynamodb:CreateTable", error) {
+            Err(error) => match self.client.failure("dynamodb:CreateTable", error) {
                 // Another worker was faster.
                 error if error.kind() == AwsErrorKind::InUse => Ok(()),
                 error => Err(self.failed(error)),
@@ -137,6 +139,7 @@ impl LeaseTable {
         let update = Update::new(seen, change);
         let answer = self
             .client
+            .get()
             .update_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(seen.shard.to_string()))
@@ -163,7 +166,7 @@ impl LeaseTable {
             }
             _ => None,
         };
-        match aws::failure("dynamodb:UpdateItem", error) {
+        match self.client.failure("dynamodb:UpdateItem", error) {
             error if error.kind() == AwsErrorKind::Condition => Ok(Written::Refused(row)),
             error => Err(self.failed(error)),
         }
@@ -283,6 +286,7 @@ impl LeaseStore for LeaseTable {
         loop {
             let page = self
                 .client
+                .get()
                 .scan()
                 .table_name(&self.name)
                 // A child whose parent's row is not seen yet would start too early (P5).
@@ -290,7 +294,7 @@ impl LeaseStore for LeaseTable {
                 .set_exclusive_start_key(next)
                 .send()
                 .await
-                .map_err(|error| self.failed(aws::failure("dynamodb:Scan", error)))?;
+                .map_err(|error| self.failed(self.client.failure("dynamodb:Scan", error)))?;
             for row in page.items.unwrap_or_default() {
                 match self.read_row(&row) {
                     Ok(lease) => leases.extend(lease),
@@ -307,19 +311,21 @@ impl LeaseStore for LeaseTable {
     async fn get(&self, shard: &ShardId) -> Result<Option<Lease>, LeaseError> {
         let answer = self
             .client
+            .get()
             .get_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(shard.to_string()))
             .consistent_read(true)
             .send()
             .await
-            .map_err(|error| self.failed(aws::failure("dynamodb:GetItem", error)))?;
+            .map_err(|error| self.failed(self.client.failure("dynamodb:GetItem", error)))?;
         Ok(answer.item.map(|row| self.read_row(&row)).transpose()?.flatten())
     }
 
     async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
         let put = self
             .client
+            .get()
             .put_item()
             .table_name(&self.name)
             .set_item(Some(write_row(lease)))
@@ -328,7 +334,7 @@ impl LeaseStore for LeaseTable {
             .await;
         match put {
             Ok(_) => Ok(true),
-            Err(error) => match aws::failure("dynamodb:PutItem", error) {
+            Err(error) => match self.client.failure("dynamodb:PutItem", error) {
                 error if error.kind() == AwsErrorKind::Condition => Ok(false),
                 error => Err(self.failed(error)),
             },
@@ -359,6 +365,7 @@ impl LeaseStore for LeaseTable {
     async fn delete(&self, seen: &Lease) -> Result<(), LeaseError> {
         let deleted = self
             .client
+            .get()
             .delete_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(seen.shard.to_string()))
@@ -366,7 +373,7 @@ impl LeaseStore for LeaseTable {
             .expression_attribute_values(":seen", number(seen.counter))
             .send()
             .await;
-        match deleted.map_err(|error| aws::failure("dynamodb:DeleteItem", error)) {
+        match deleted.map_err(|error| self.client.failure("dynamodb:DeleteItem", error)) {
             Ok(_) => Ok(()),
             // Someone else was faster, or uses it after all.
             Err(error) if error.kind() == AwsErrorKind::Condition => Ok(()),
@@ -377,6 +384,7 @@ impl LeaseStore for LeaseTable {
     async fn ring(&self, shard: &ShardId) -> Result<(), LeaseError> {
         let rung = self
             .client
+            .get()
             .update_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(shard.to_string()))
@@ -386,7 +394,7 @@ impl LeaseStore for LeaseTable {
             .expression_attribute_values(":one", number(1))
             .send()
             .await;
-        match rung.map_err(|error| aws::failure("dynamodb:UpdateItem", error)) {
+        match rung.map_err(|error| self.client.failure("dynamodb:UpdateItem", error)) {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == AwsErrorKind::Condition => Ok(()),
             Err(error) => Err(self.failed(error)),

@@ -1,6 +1,7 @@
 //! One stream: what it is, its shards, and our consumer on it.
 
 use std::{
+    error::Error,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -12,12 +13,14 @@ use aws_sdk_kinesis::{
     Client,
     types::{ConsumerStatus, StreamStatus},
 };
+use aws_smithy_runtime_api::client::{orchestrator::HttpResponse, result::SdkError};
+use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use aws_types::SdkConfig;
 use tokio::time::Instant;
 
 use super::{Retrieval, SourceError};
 use crate::{
-    aws::{self, AwsError, AwsErrorKind},
+    aws::{self, AwsError, AwsErrorKind, Reconnecting},
     backoff::Backoff,
     shard::{HashKeyRange, SequenceNumber, Shard},
 };
@@ -31,7 +34,7 @@ pub(crate) struct Stream(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    client: Client,
+    client: Reconnecting<Client>,
     name: Arc<str>,
     region: String,
     retrieval: Retrieval,
@@ -59,7 +62,7 @@ impl Stream {
             )
             .build();
         Self(Arc::new(Inner {
-            client: Client::from_conf(config),
+            client: Reconnecting::new(move || Client::from_conf(config.clone())),
             name: name.into(),
             region,
             retrieval,
@@ -77,8 +80,25 @@ impl Stream {
         self.0.name.clone()
     }
 
-    pub(super) fn client(&self) -> &Client {
-        &self.0.client
+    pub(super) fn client(&self) -> Client {
+        self.0.client.get()
+    }
+
+    /// Lets the calls that follow go over new connections.
+    pub(super) fn reconnect(&self) {
+        self.0.client.reconnect();
+    }
+
+    /// Reads an error of the client.
+    pub(super) fn failure<E>(
+        &self,
+        operation: &'static str,
+        error: SdkError<E, HttpResponse>,
+    ) -> AwsError
+    where
+        E: ProvideErrorMetadata + Error + 'static,
+    {
+        self.0.client.failure(operation, error)
     }
 
     /// The consumer to subscribe with; `None` means to poll.
@@ -158,7 +178,7 @@ impl Stream {
                 .send()
                 .await
                 .map_err(|error| {
-                    self.failed(aws::failure("kinesis:DescribeStreamSummary", error))
+                    self.failed(self.failure("kinesis:DescribeStreamSummary", error))
                 })?;
             Ok(answer.stream_description_summary.and_then(|stream| match stream.stream_status {
                 StreamStatus::Active | StreamStatus::Updating => Some(stream.stream_arn),
@@ -177,7 +197,7 @@ impl Stream {
                 .consumer_name(name)
                 .send()
                 .await;
-            match registered.map_err(|error| aws::failure("kinesis:RegisterStreamConsumer", error))
+            match registered.map_err(|error| self.failure("kinesis:RegisterStreamConsumer", error))
             {
                 Ok(_) => tracing::info!(
                     stream = self.name(),
@@ -217,7 +237,7 @@ impl Stream {
             .consumer_name(name)
             .send()
             .await;
-        match answer.map_err(|error| aws::failure("kinesis:DescribeStreamConsumer", error)) {
+        match answer.map_err(|error| self.failure("kinesis:DescribeStreamConsumer", error)) {
             Ok(answer) => {
                 Ok(answer.consumer_description.map(|c| (c.consumer_arn, c.consumer_status)))
             }
@@ -268,7 +288,7 @@ impl Stream {
                 None => call.stream_name(self.name()),
             };
             let answer =
-                call.send().await.map_err(|error| aws::failure("kinesis:ListShards", error))?;
+                call.send().await.map_err(|error| self.failure("kinesis:ListShards", error))?;
             shards.extend(answer.shards.unwrap_or_default().into_iter().map(shard));
             next_token = answer.next_token;
             if next_token.is_none() {

@@ -140,6 +140,8 @@ pub struct Call {
     pub operation: String,
     pub request: Value,
     pub at: Instant,
+    /// The number of the connection that it came on.
+    pub connection: usize,
 }
 
 /// The proxy; it runs as long as the servers do.
@@ -208,11 +210,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 async fn serve(listener: TcpListener, state: Arc<State>) {
+    let mut connections = 0..;
     while let Ok((socket, _)) = listener.accept().await {
+        let connection = connections.next().unwrap_or_default();
         let state = state.clone();
         let service = service_fn(move |request| {
             // A task of its own: a call goes its way also if the caller hangs up.
-            let answer = tokio::spawn(answer(request, state.clone()));
+            let answer = tokio::spawn(answer(request, connection, state.clone()));
             async { answer.await.map_err(Failed::from).and_then(identity) }
         });
         tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(socket), service));
@@ -220,7 +224,11 @@ async fn serve(listener: TcpListener, state: Arc<State>) {
 }
 
 /// An error ends the connection without an answer.
-async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Response<Body>, Failed> {
+async fn answer(
+    request: Request<Incoming>,
+    connection: usize,
+    state: Arc<State>,
+) -> Result<Response<Body>, Failed> {
     let (head, body) = request.into_parts();
     let body = body.collect().await?.to_bytes();
     let target =
@@ -232,6 +240,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
         operation: operation.to_owned(),
         request: request.clone(),
         at: Instant::now(),
+        connection,
     });
     let rules = lock(&state.rules).clone();
     let active = rules.into_iter().find(|rule| rule.hit(operation, &request));

@@ -2,7 +2,10 @@
 
 use std::{
     io::Read as _,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -349,5 +352,36 @@ fn p1_a_clock_that_jumped_back_does_not_hold_up_a_shard_that_starts_at_a_time() 
     proxy.add(Rule::on("GetRecords", Fault::EditAnswer(Box::new(from_server))));
     let running = worker(&servers, &proxy, "clock", &["--retrieval", "polling"]);
     assert_eq!(raws(&running.wait_for_lines(10)), lines(0, 10));
+    running.stop().succeeded();
+}
+
+#[test]
+fn a_call_without_an_answer_is_followed_by_one_on_a_new_connection() {
+    let servers = servers();
+    servers.create_stream("connections", 8);
+    let proxy = Proxy::start(&servers);
+    let running = worker(&servers, &proxy, "connections", &["--retrieval", "polling"]);
+    wait_for("all shards to be read", || (proxy.calls("GetRecords").len() > 16).then_some(()));
+    // The reads of one shard: the others leave connections that could be used again.
+    let of_one = Arc::new(Mutex::new(None));
+    let first = of_one.clone();
+    let same = move |request: &Value| {
+        let mut first = first.lock().expect("a lock");
+        let iterator = &request["ShardIterator"];
+        first.get_or_insert_with(|| iterator.clone()) == iterator
+    };
+    // As often as the SDK tries.
+    proxy.add(Rule::on("GetRecords", Fault::Reset).when(same).times(3));
+    let reads = wait_for("the read to be tried again", || {
+        let iterator = of_one.lock().expect("a lock").clone()?;
+        let mut reads = proxy.calls("GetRecords");
+        reads.retain(|call| call.request["ShardIterator"] == iterator);
+        (reads.len() > 3).then_some(reads)
+    });
+    let before = ["DescribeStreamSummary", "ListShards", "GetShardIterator", "GetRecords"]
+        .map(|operation| proxy.calls(operation))
+        .concat();
+    let newest = before.iter().filter(|call| call.at <= reads[2].at).map(|call| call.connection);
+    assert!(newest.max() < Some(reads[3].connection), "{reads:#?}");
     running.stop().succeeded();
 }
