@@ -562,6 +562,12 @@ mod tests {
     }
 
     #[test]
+    fn p4_taking_a_lease_removes_a_checkpoint_owner_that_others_left_behind() {
+        let take = Update::new(&lease(Some("other"), 4), &Change::Take { worker: "me".into() });
+        assert!(take.remove.contains(&format!("#{}", attribute::CHECKPOINT_OWNER)));
+    }
+
+    #[test]
     fn rows_of_other_kinds_are_passed_over() {
         let config = SdkConfig::builder()
             .behavior_version(aws_sdk_dynamodb::config::BehaviorVersion::latest())

@@ -98,6 +98,7 @@ pub struct LeaseLoop<S> {
     asked: BTreeMap<ShardId, Instant>,
     /// The leases whose readers it may have overruled without hearing of it.
     overruled: BTreeSet<ShardId>,
+    told_unread: bool,
     observed: Observations,
     snapshot: Vec<Lease>,
     /// When the table was last looked at.
@@ -114,6 +115,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             held: BTreeMap::new(),
             asked: BTreeMap::new(),
             overruled: BTreeSet::new(),
+            told_unread: false,
             observed: Observations::default(),
             snapshot: Vec::new(),
             looked_at: None,
@@ -186,6 +188,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let actions = self.with_planner(|snapshot, observed, planner| {
             plan::plan(snapshot, observed, planner, now)
         });
+        self.tell_unread(now);
         let freed = actions.iter().any(|action| matches!(action, Action::Free(_)));
 
         let results: Vec<(Action, Instant, Result<Option<Lease>, LeaseError>)> =
@@ -235,6 +238,22 @@ impl<S: LeaseStore> LeaseLoop<S> {
         self.watch = self.with_planner(|snapshot, _, planner| plan::watch(snapshot, planner));
         let (Watch::Table(interval) | Watch::Bell(_, interval)) = &self.watch;
         Ok(Looked { taken, again_at: Instant::now() + *interval, error: failed })
+    }
+
+    /// Tells once that shards are left unread because this worker may not have more.
+    fn tell_unread(&mut self, now: Instant) {
+        let unread = self.with_planner(|snapshot, observed, planner| {
+            plan::unread(snapshot, observed, planner, now).len()
+        });
+        let told = std::mem::replace(&mut self.told_unread, unread > 0);
+        if unread > 0 && !told {
+            tracing::warn!(
+                unread,
+                "shards are read by nobody, and this worker may not have more than {}: raise the limit, \
+                 or start another worker",
+                self.settings.max_leases
+            );
+        }
     }
 
     fn with_planner<T>(&self, plan: impl FnOnce(&[Lease], &Observations, &Planner<'_>) -> T) -> T {

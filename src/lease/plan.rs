@@ -136,13 +136,7 @@ pub fn plan(
     planner: &Planner<'_>,
     now: Instant,
 ) -> Vec<Action> {
-    let unfinished = unfinished(snapshot);
-    let startable: Vec<&Lease> = snapshot
-        .iter()
-        .filter(|lease| !lease.is_finished() && !lease.unreadable)
-        // A parent without a lease is finished and forgotten, or expired: it blocks nobody (P5).
-        .filter(|lease| lease.parents.iter().all(|parent| !unfinished.contains(parent)))
-        .collect();
+    let startable = startable(snapshot);
     let mut actions = Vec::new();
     let mut left_over = Vec::new();
     for lease in &startable {
@@ -292,8 +286,37 @@ fn targets<'a>(loads: &BTreeMap<&'a str, Vec<&Lease>>, leases: usize) -> BTreeMa
         .collect()
 }
 
-fn unfinished(snapshot: &[Lease]) -> BTreeSet<&ShardId> {
-    snapshot.iter().filter(|lease| !lease.is_finished()).map(|lease| &lease.shard).collect()
+/// The leases whose shards may be read.
+fn startable(snapshot: &[Lease]) -> Vec<&Lease> {
+    let unfinished: BTreeSet<&ShardId> =
+        snapshot.iter().filter(|lease| !lease.is_finished()).map(|lease| &lease.shard).collect();
+    snapshot
+        .iter()
+        .filter(|lease| !lease.is_finished() && !lease.unreadable)
+        // A parent without a lease is finished and forgotten, or expired: it blocks nobody (P5).
+        .filter(|lease| lease.parents.iter().all(|parent| !unfinished.contains(parent)))
+        .collect()
+}
+
+/// The shards that could be read and that nobody reads, if this worker has as many as it may have: then it
+/// waits for others, and there may be none.
+pub fn unread<'a>(
+    snapshot: &'a [Lease],
+    observed: &Observations,
+    planner: &Planner<'_>,
+    now: Instant,
+) -> Vec<&'a ShardId> {
+    if planner.held.len() + planner.asked.len() < planner.max_leases {
+        return Vec::new();
+    }
+    // Longer than it takes others to see that it is free, and to take it.
+    let limit = 2 * planner.lease_duration.max(RENEW_AT_LEAST_EVERY);
+    startable(snapshot)
+        .into_iter()
+        .map(|lease| &lease.shard)
+        .filter(|shard| !planner.held.contains(shard))
+        .filter(|shard| observed.unmoved_for(shard, now) > limit)
+        .collect()
 }
 
 /// Whether a lease is finished and no longer needed: its children are known and under way, and none of
@@ -459,16 +482,7 @@ mod tests {
                 self.held = mine.map(|lease| lease.shard.clone()).collect();
             }
             self.observed.see(table, self.now);
-            let planner = Planner {
-                worker: "me",
-                held: &self.held,
-                asked: &self.asked,
-                adopt: self.adopt,
-                max_leases: self.max_leases,
-                lease_duration: DURATION,
-                hand_over_limit: LIMIT,
-                finished_kept_for: KEPT,
-            };
+            let planner = self.planner();
             let shown = |action: Action| match action {
                 Action::Take(lease) => format!("take {}", lease.shard),
                 Action::Force(lease) => format!("force {}", lease.shard),
@@ -478,6 +492,21 @@ mod tests {
                 Action::Delete(lease) => format!("delete {}", lease.shard),
             };
             plan(table, &self.observed, &planner, self.now).into_iter().map(shown).collect()
+        }
+    }
+
+    impl Me {
+        fn planner(&self) -> Planner<'_> {
+            Planner {
+                worker: "me",
+                held: &self.held,
+                asked: &self.asked,
+                adopt: self.adopt,
+                max_leases: self.max_leases,
+                lease_duration: DURATION,
+                hand_over_limit: LIMIT,
+                finished_kept_for: KEPT,
+            }
         }
     }
 
@@ -537,6 +566,27 @@ mod tests {
             finished_kept_for: KEPT,
         };
         assert!(plan(&table, &me.observed, &planner, me.now).is_empty());
+    }
+
+    #[test]
+    fn shards_that_nobody_reads_are_known_to_a_worker_that_may_not_read_more() {
+        let mut table = owned(&["me", "", "dead", "other"]);
+        table.push(lease("child", &["0"], None));
+        let mut me = Me::new();
+        me.max_leases = 1;
+        me.plans(&table);
+        let unread = |me: &Me, table: &[Lease]| {
+            let unread = unread(table, &me.observed, &me.planner(), me.now);
+            unread.into_iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert!(unread(&me, &table).is_empty(), "others have time to take them");
+        me.now += 2 * DURATION + Duration::from_millis(1);
+        table[0].counter += 1;
+        table[3].counter += 1;
+        me.plans(&table);
+        assert_eq!(unread(&me, &table), ["1", "2"]);
+        me.max_leases = 2;
+        assert!(unread(&me, &table).is_empty(), "it takes them itself");
     }
 
     #[test]

@@ -262,10 +262,10 @@ fn p1_shards_that_are_listed_in_pages_are_all_read() {
 }
 
 /// ListShards answers so many times more.
-fn list_only(proxy: &Proxy, times: usize) -> Active {
+fn list_only(proxy: &Proxy, times: usize, then: Fault) -> Active {
     let calls = AtomicUsize::new(0);
     let no_more = move |_: &Value| calls.fetch_add(1, Ordering::SeqCst) >= times;
-    proxy.add(Rule::on("ListShards", Fault::Throttle).when(no_more))
+    proxy.add(Rule::on("ListShards", then).when(no_more))
 }
 
 #[test]
@@ -276,7 +276,7 @@ fn p1_leases_are_taken_although_the_stream_cannot_be_listed() {
     let running = worker(&servers, &proxy, "unlisted", &[]);
     running.wait_for_log("lease taken");
     // To believe the end, and to give the children their leases.
-    let unlisted = list_only(&proxy, 2);
+    let unlisted = list_only(&proxy, 2, Fault::Throttle);
     split(&servers, "unlisted");
     for n in 0..30 {
         servers.put_lines("unlisted", &format!("key-{n}"), &lines(n, n + 1));
@@ -295,7 +295,7 @@ fn p6_a_stop_at_the_end_of_a_shard_is_clean_although_the_stream_cannot_be_listed
     servers.put_lines("end", "k", &lines(0, 10));
     running.wait_for_lines(10);
     // To believe the end, but not to give the children their leases.
-    let unlisted = list_only(&proxy, 1);
+    let unlisted = list_only(&proxy, 1, Fault::Throttle);
     split(&servers, "end");
     // The SDK tries three times, so this is a second try of ours.
     wait_for("lists to fail", || (unlisted.hits() > 3).then_some(()));
@@ -303,6 +303,21 @@ fn p6_a_stop_at_the_end_of_a_shard_is_clean_although_the_stream_cannot_be_listed
     servers.put_lines("end", "k", &lines(10, 20));
     let args = ["consume", "--stream", "end", "--app", "end", "--exit-when-idle", "1s"];
     assert_eq!(raws(&run(servers.tramline(&args)).succeeded().stdout), lines(10, 20));
+}
+
+#[test]
+fn p6_a_stop_does_not_wait_for_the_list_of_a_stream() {
+    let servers = servers();
+    servers.create_stream("held", 1);
+    let proxy = Proxy::start(&servers);
+    let running = worker(&servers, &proxy, "held", &[]);
+    running.wait_for_log("lease taken");
+    // To believe the end, and to give the children their leases; then comes the look.
+    let held = list_only(&proxy, 2, Fault::Hold);
+    split(&servers, "held");
+    wait_for("a list that hangs", || (held.hits() == 1).then_some(()));
+    running.stop().succeeded();
+    assert_eq!(held.hits(), 1, "it was not tried again");
 }
 
 #[test]
