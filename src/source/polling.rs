@@ -57,8 +57,8 @@ pub(super) async fn iterate(
 
 impl ShardIterator {
     pub(super) async fn next(&mut self, stream: &Stream) -> Result<Linked, AwsError> {
-        let Some(token) = &self.token else { return Ok(Linked::Over) };
         sleep_until(self.not_before).await;
+        let Some(token) = &self.token else { return Ok(Linked::Over) };
         let asked_at = Instant::now();
         let answer = stream
             .client()

@@ -71,6 +71,8 @@ pub enum Fault {
     EditRequest(Edit),
     /// The answer is changed on its way back; of a subscription, each of its events.
     EditAnswer(Edit),
+    /// A subscription ends, as it does after five minutes, after this many events.
+    EndAfter(usize),
     /// The connection ends in the middle of the next event of a subscription, after this many.
     CutAfter(usize),
     /// Nothing more comes of a subscription, after this many events.
@@ -278,9 +280,9 @@ async fn answer(
             answer.into_body().collect().await?;
             std::future::pending().await
         }
-        Some(Fault::EditAnswer(_) | Fault::CutAfter(_) | Fault::SilentAfter(_)) => {
-            edited(answer, active).await
-        }
+        Some(
+            Fault::EditAnswer(_) | Fault::EndAfter(_) | Fault::CutAfter(_) | Fault::SilentAfter(_),
+        ) => edited(answer, active).await,
         _ => Ok(answer.map(|body| body.map_err(io::Error::other).boxed())),
     }
 }
@@ -337,6 +339,7 @@ async fn edited(
                         bytes.truncate(bytes.len() / 2);
                         cut = Some(io::Error::other("the connection ends"));
                     }
+                    Some(Fault::EndAfter(after)) if is_event && count >= *after => return,
                     Some(Fault::SilentAfter(after)) if is_event && count >= *after => {
                         return sender.closed().await;
                     }
