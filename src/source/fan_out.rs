@@ -55,7 +55,7 @@ pub(super) async fn subscribe(
         .set_starting_position(position.build().ok())
         .send()
         .await
-        .map_err(|error| aws::failure("kinesis:SubscribeToShard", error))?;
+        .map_err(|error| stream.failure("kinesis:SubscribeToShard", error))?;
     tracing::debug!(stream = stream.name(), %shard, %place, "subscribed");
     Ok(Subscription { output, closing: None, shard: shard.clone() })
 }
@@ -75,6 +75,7 @@ impl Subscription {
                             shard = %self.shard,
                             "no event for {} s: subscribing again", SILENCE_LIMIT.as_secs()
                         );
+                        stream.reconnect();
                         return Ok(Linked::Over);
                     }
                 };

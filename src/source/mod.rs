@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
+use tokio::time::{Instant, sleep_until};
 
 #[cfg(feature = "cli")]
 pub(crate) use lag::Lag;
@@ -115,6 +116,10 @@ pub enum SourceError {
 /// How much later our clock may be than the server's.
 const PIN_MARGIN: SignedDuration = SignedDuration::from_secs(5);
 
+/// How long to wait from one opening of a shard to the next: five a second are allowed (AWS API
+/// reference, GetShardIterator). What is opened lasts for minutes, unless a server misbehaves.
+const OPEN_INTERVAL: Duration = Duration::from_millis(200);
+
 /// Where in a shard reading goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -189,6 +194,7 @@ pub(crate) struct ShardReader {
     /// The newest record handed out. Servers may repeat records when asked to go on, never before it.
     delivered: Option<SequenceNumber>,
     link: Link,
+    open_not_before: Instant,
     /// The time that reading starts at, if it is a time.
     from: Option<Timestamp>,
 }
@@ -211,7 +217,15 @@ enum Linked {
 
 impl ShardReader {
     pub(crate) fn new(stream: Stream, shard: ShardId, place: Place) -> Self {
-        Self { stream, shard, place, delivered: None, link: Link::Closed, from: None }
+        Self {
+            stream,
+            shard,
+            place,
+            delivered: None,
+            link: Link::Closed,
+            open_not_before: Instant::now(),
+            from: None,
+        }
     }
 
     /// Waits for the next records, which may be none.
@@ -251,6 +265,8 @@ impl ShardReader {
         loop {
             let linked = match &mut self.link {
                 Link::Closed => {
+                    sleep_until(self.open_not_before).await;
+                    self.open_not_before = Instant::now() + OPEN_INTERVAL;
                     let now = Timestamp::now();
                     let mut place = self.place.pin(now);
                     if let Place::Time(from) = &mut place {

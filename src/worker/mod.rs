@@ -519,7 +519,14 @@ where
         // A worker that only watches the bell leaves discovery to those that watch the table.
         let due = self.discover_at.is_none_or(|at| Instant::now() >= at);
         let listed = if due && !self.leases.watches_bell() {
-            Some(self.worker.streams.shards().await.map_err(WorkerError::from))
+            let listed = tokio::select! {
+                listed = self.worker.streams.shards() => listed,
+                () = self.stop.cancelled() => {
+                    let looked = Looked { taken: Vec::new(), again_at: Instant::now(), error: None };
+                    return Ok((looked, None));
+                }
+            };
+            Some(listed.map_err(WorkerError::from))
         } else {
             None
         };

@@ -71,6 +71,8 @@ pub enum Fault {
     EditRequest(Edit),
     /// The answer is changed on its way back; of a subscription, each of its events.
     EditAnswer(Edit),
+    /// A subscription ends, as it does after five minutes, after this many events.
+    EndAfter(usize),
     /// The connection ends in the middle of the next event of a subscription, after this many.
     CutAfter(usize),
     /// Nothing more comes of a subscription, after this many events.
@@ -140,6 +142,8 @@ pub struct Call {
     pub operation: String,
     pub request: Value,
     pub at: Instant,
+    /// The number of the connection that it came on.
+    pub connection: usize,
 }
 
 /// The proxy; it runs as long as the servers do.
@@ -208,11 +212,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 async fn serve(listener: TcpListener, state: Arc<State>) {
+    let mut connections = 0..;
     while let Ok((socket, _)) = listener.accept().await {
+        let connection = connections.next().unwrap_or_default();
         let state = state.clone();
         let service = service_fn(move |request| {
             // A task of its own: a call goes its way also if the caller hangs up.
-            let answer = tokio::spawn(answer(request, state.clone()));
+            let answer = tokio::spawn(answer(request, connection, state.clone()));
             async { answer.await.map_err(Failed::from).and_then(identity) }
         });
         tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(socket), service));
@@ -220,7 +226,11 @@ async fn serve(listener: TcpListener, state: Arc<State>) {
 }
 
 /// An error ends the connection without an answer.
-async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Response<Body>, Failed> {
+async fn answer(
+    request: Request<Incoming>,
+    connection: usize,
+    state: Arc<State>,
+) -> Result<Response<Body>, Failed> {
     let (head, body) = request.into_parts();
     let body = body.collect().await?.to_bytes();
     let target =
@@ -232,6 +242,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
         operation: operation.to_owned(),
         request: request.clone(),
         at: Instant::now(),
+        connection,
     });
     let rules = lock(&state.rules).clone();
     let active = rules.into_iter().find(|rule| rule.hit(operation, &request));
@@ -269,9 +280,9 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
             answer.into_body().collect().await?;
             std::future::pending().await
         }
-        Some(Fault::EditAnswer(_) | Fault::CutAfter(_) | Fault::SilentAfter(_)) => {
-            edited(answer, active).await
-        }
+        Some(
+            Fault::EditAnswer(_) | Fault::EndAfter(_) | Fault::CutAfter(_) | Fault::SilentAfter(_),
+        ) => edited(answer, active).await,
         _ => Ok(answer.map(|body| body.map_err(io::Error::other).boxed())),
     }
 }
@@ -328,6 +339,7 @@ async fn edited(
                         bytes.truncate(bytes.len() / 2);
                         cut = Some(io::Error::other("the connection ends"));
                     }
+                    Some(Fault::EndAfter(after)) if is_event && count >= *after => return,
                     Some(Fault::SilentAfter(after)) if is_event && count >= *after => {
                         return sender.closed().await;
                     }

@@ -2,7 +2,10 @@
 
 use std::{
     io::Read as _,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -136,12 +139,14 @@ fn is_no_end(servers: &Servers, name: &str, retrieval: &str, rule: Rule) {
     assert!(!finished.stderr.contains("shard finished"), "{name}: {}", finished.stderr);
 }
 
+/// Takes a field out of the answers.
+fn without(field: &'static str) -> Fault {
+    Fault::EditAnswer(Box::new(move |answer: &mut Value| answer[field] = Value::Null))
+}
+
 #[test]
 fn p1_what_looks_like_the_end_of_an_open_shard_is_not_believed() {
     let servers = servers();
-    let without = |field: &'static str| {
-        Fault::EditAnswer(Box::new(move |answer: &mut Value| answer[field] = Value::Null))
-    };
     let with_children = Fault::EditAnswer(Box::new(|event: &mut Value| {
         event["ChildShards"] = json!([{
             "ShardId": "shardId-000000000001",
@@ -168,8 +173,8 @@ fn p1_what_looks_like_the_end_of_an_open_shard_is_not_believed() {
 /// Expects no more calls than a budget of five a second, whatever time they took, and five at once.
 fn no_storm(proxy: &Proxy, operation: &str) {
     let calls = proxy.calls(operation);
-    let (first, last) = (calls.first().expect("a call").at, calls.last().expect("a call").at);
-    let allowed = 5.0 * (last - first).as_secs_f64() + 5.0;
+    let [first, .., last] = &calls[..] else { return };
+    let allowed = 5.0 * (last.at - first.at).as_secs_f64() + 5.0;
     assert!(
         calls.len() as f64 <= allowed,
         "{operation}: {} calls, {allowed:.1} allowed",
@@ -180,21 +185,28 @@ fn no_storm(proxy: &Proxy, operation: &str) {
 #[test]
 fn reads_that_never_worked_are_tried_again_without_a_storm() {
     let servers = servers();
+    let refused = Fault::Refuse;
+    let cases = [
+        ("no-iterator", "GetRecords", without("NextShardIterator"), "GetShardIterator"),
+        ("throttled", "GetRecords", Fault::Throttle, "GetRecords"),
+        ("encrypted", "GetRecords", refused("KMSThrottlingException"), "GetRecords"),
+        ("expired", "GetRecords", refused("ExpiredIteratorException"), "GetShardIterator"),
+        ("iterator", "GetShardIterator", refused("KMSThrottlingException"), "GetShardIterator"),
+        ("busy", "SubscribeToShard", refused("ResourceInUseException"), "SubscribeToShard"),
+        ("short", "SubscribeToShard", Fault::EndAfter(0), "SubscribeToShard"),
+    ];
     thread::scope(|scope| {
-        for (name, retrieval, operation) in [
-            ("read", "polling", "GetRecords"),
-            ("iterator", "polling", "GetShardIterator"),
-            ("subscription", "fan-out", "SubscribeToShard"),
-        ] {
+        for (name, operation, fault, counted) in cases {
             let servers = &servers;
+            let retrieval = if operation == "SubscribeToShard" { "fan-out" } else { "polling" };
             scope.spawn(move || {
                 servers.create_stream(name, 1);
                 let proxy = Proxy::start(servers);
-                let rule = proxy.add(Rule::on(operation, Fault::Throttle));
+                let rule = proxy.add(Rule::on(operation, fault));
                 let running = worker(servers, &proxy, name, &["--retrieval", retrieval]);
                 servers.put_lines(name, "k", &lines(0, 10));
-                wait_for("refused calls", || (rule.hits() >= 8).then_some(()));
-                no_storm(&proxy, operation);
+                wait_for("refused calls", || (rule.hits() >= 6).then_some(()));
+                no_storm(&proxy, counted);
                 rule.lift();
                 assert_eq!(raws(&running.wait_for_lines(10)), lines(0, 10));
                 running.stop().succeeded();
@@ -259,10 +271,10 @@ fn p1_shards_that_are_listed_in_pages_are_all_read() {
 }
 
 /// ListShards answers so many times more.
-fn list_only(proxy: &Proxy, times: usize) -> Active {
+fn list_only(proxy: &Proxy, times: usize, then: Fault) -> Active {
     let calls = AtomicUsize::new(0);
     let no_more = move |_: &Value| calls.fetch_add(1, Ordering::SeqCst) >= times;
-    proxy.add(Rule::on("ListShards", Fault::Throttle).when(no_more))
+    proxy.add(Rule::on("ListShards", then).when(no_more))
 }
 
 #[test]
@@ -273,7 +285,7 @@ fn p1_leases_are_taken_although_the_stream_cannot_be_listed() {
     let running = worker(&servers, &proxy, "unlisted", &[]);
     running.wait_for_log("lease taken");
     // To believe the end, and to give the children their leases.
-    let unlisted = list_only(&proxy, 2);
+    let unlisted = list_only(&proxy, 2, Fault::Throttle);
     split(&servers, "unlisted");
     for n in 0..30 {
         servers.put_lines("unlisted", &format!("key-{n}"), &lines(n, n + 1));
@@ -292,7 +304,7 @@ fn p6_a_stop_at_the_end_of_a_shard_is_clean_although_the_stream_cannot_be_listed
     servers.put_lines("end", "k", &lines(0, 10));
     running.wait_for_lines(10);
     // To believe the end, but not to give the children their leases.
-    let unlisted = list_only(&proxy, 1);
+    let unlisted = list_only(&proxy, 1, Fault::Throttle);
     split(&servers, "end");
     // The SDK tries three times, so this is a second try of ours.
     wait_for("lists to fail", || (unlisted.hits() > 3).then_some(()));
@@ -303,18 +315,33 @@ fn p6_a_stop_at_the_end_of_a_shard_is_clean_although_the_stream_cannot_be_listed
 }
 
 #[test]
+fn p6_a_stop_does_not_wait_for_the_list_of_a_stream() {
+    let servers = servers();
+    servers.create_stream("held", 1);
+    let proxy = Proxy::start(&servers);
+    let running = worker(&servers, &proxy, "held", &[]);
+    running.wait_for_log("lease taken");
+    // To believe the end, and to give the children their leases; then comes the look.
+    let held = list_only(&proxy, 2, Fault::Hold);
+    split(&servers, "held");
+    wait_for("a list that hangs", || (held.hits() == 1).then_some(()));
+    running.stop().succeeded();
+    assert_eq!(held.hits(), 1, "it was not tried again");
+}
+
+#[test]
 fn p1_a_stderr_that_nobody_reads_stops_nothing() {
     let servers = servers();
     servers.create_stream("quiet", 1);
     let args = ["consume", "--stream", "quiet", "--app", "quiet", "-vv"];
     let (mut running, stdout, mut stderr) = Running::start_unread(servers.tramline(&args));
     running.read_stdout(stdout);
-    for n in 0..30 {
+    for n in 0..10 {
         servers.put_lines("quiet", "k", &lines(n, n + 1));
         running.wait_for_lines(n + 1);
     }
     let finished = running.stop().succeeded();
-    assert_eq!(raws(&finished.stdout), lines(0, 30));
+    assert_eq!(raws(&finished.stdout), lines(0, 10));
     let mut log = Vec::new();
     stderr.read_to_end(&mut log).expect("a log");
     let log = String::from_utf8_lossy(&log);
@@ -349,5 +376,36 @@ fn p1_a_clock_that_jumped_back_does_not_hold_up_a_shard_that_starts_at_a_time() 
     proxy.add(Rule::on("GetRecords", Fault::EditAnswer(Box::new(from_server))));
     let running = worker(&servers, &proxy, "clock", &["--retrieval", "polling"]);
     assert_eq!(raws(&running.wait_for_lines(10)), lines(0, 10));
+    running.stop().succeeded();
+}
+
+#[test]
+fn a_call_without_an_answer_is_followed_by_one_on_a_new_connection() {
+    let servers = servers();
+    servers.create_stream("connections", 8);
+    let proxy = Proxy::start(&servers);
+    let running = worker(&servers, &proxy, "connections", &["--retrieval", "polling"]);
+    wait_for("all shards to be read", || (proxy.calls("GetRecords").len() > 16).then_some(()));
+    // The reads of one shard: the others leave connections that could be used again.
+    let of_one = Arc::new(Mutex::new(None));
+    let first = of_one.clone();
+    let same = move |request: &Value| {
+        let mut first = first.lock().expect("a lock");
+        let iterator = &request["ShardIterator"];
+        first.get_or_insert_with(|| iterator.clone()) == iterator
+    };
+    // As often as the SDK tries.
+    proxy.add(Rule::on("GetRecords", Fault::Reset).when(same).times(3));
+    let reads = wait_for("the read to be tried again", || {
+        let iterator = of_one.lock().expect("a lock").clone()?;
+        let mut reads = proxy.calls("GetRecords");
+        reads.retain(|call| call.request["ShardIterator"] == iterator);
+        (reads.len() > 3).then_some(reads)
+    });
+    let before = ["DescribeStreamSummary", "ListShards", "GetShardIterator", "GetRecords"]
+        .map(|operation| proxy.calls(operation))
+        .concat();
+    let newest = before.iter().filter(|call| call.at <= reads[2].at).map(|call| call.connection);
+    assert!(newest.max() < Some(reads[3].connection), "{reads:#?}");
     running.stop().succeeded();
 }

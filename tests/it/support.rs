@@ -291,8 +291,9 @@ impl Running {
 
     /// Waits for the exit.
     pub fn finish(mut self) -> Finished {
-        let (what, stderr) = ("the exit; stderr:", self.stderr.clone());
-        let what = fmt::from_fn(|f| write!(f, "{what}\n{}", stderr.lock().expect("a lock")));
+        let stderr = self.stderr.clone();
+        let what =
+            fmt::from_fn(|f| write!(f, "the exit; stderr:\n{}", stderr.lock().expect("a lock")));
         let status = wait_for(what, || self.child.try_wait().expect("a status"));
         for reader in self.readers.drain(..) {
             reader.join().expect("the output is read");
