@@ -106,41 +106,43 @@ pub(super) fn for_each<'a, T: Deserialize<'a>>(
     let not_json = |rest: &str, what: &str| {
         Err(format!("not JSON: {what} at byte {} of the array", text.len() - rest.len()))
     };
-    let after = |rest: &'a str, byte| {
-        rest.strip_prefix(byte).map(|rest| rest.trim_start_matches(WHITE_SPACE))
+    let after = |rest: &'a str, sign| {
+        rest.strip_prefix(sign).map(|rest| rest.trim_start_matches(WHITE_SPACE))
     };
     let Some(mut rest) = after(text, '[') else { return not_json(text, "no array") };
     let mut count = 0;
-    if let Some(behind) = after(rest, ']') {
-        rest = behind;
-    } else {
-        loop {
-            let mut parser = serde_json::Deserializer::from_str(rest);
-            let parsed = T::deserialize(&mut parser);
-            let length = match parsed {
-                Ok(_) => parser.into_iter::<IgnoredAny>().byte_offset(),
-                // JSON of another shape, or no JSON?
-                Err(_) => {
-                    let mut parser = serde_json::Deserializer::from_str(rest);
-                    match IgnoredAny::deserialize(&mut parser) {
-                        Ok(_) => parser.into_iter::<IgnoredAny>().byte_offset(),
-                        Err(error) => return not_json(rest, &error.to_string()),
-                    }
-                }
-            };
-            let (json, behind) = rest.split_at(length);
-            element(json, parsed);
-            count += 1;
-            rest = behind.trim_start_matches(WHITE_SPACE);
-            if let Some(next) = after(rest, ',') {
-                rest = next;
-            } else if let Some(behind) = after(rest, ']') {
-                rest = behind;
-                break;
-            } else {
-                return not_json(rest, "neither `,` nor `]`");
+    let end = loop {
+        if count == 0
+            && let Some(end) = after(rest, ']')
+        {
+            break end;
+        }
+        let (parsed, mut length) = parse(rest);
+        if parsed.is_err() {
+            // JSON of another shape, or no JSON?
+            match parse::<IgnoredAny>(rest) {
+                (Ok(_), its_length) => length = its_length,
+                (Err(error), _) => return not_json(rest, &error.to_string()),
             }
         }
-    }
-    if rest.is_empty() { Ok(count) } else { not_json(rest, "more after the array") }
+        let (json, behind) = rest.split_at(length);
+        element(json, parsed);
+        count += 1;
+        rest = behind.trim_start_matches(WHITE_SPACE);
+        if let Some(next) = after(rest, ',') {
+            rest = next;
+        } else if let Some(end) = after(rest, ']') {
+            break end;
+        } else {
+            return not_json(rest, "neither `,` nor `]`");
+        }
+    };
+    if end.is_empty() { Ok(count) } else { not_json(end, "more after the array") }
+}
+
+/// Parses the value that a text begins with, and says how long that is.
+fn parse<'a, T: Deserialize<'a>>(text: &'a str) -> (serde_json::Result<T>, usize) {
+    let mut parser = serde_json::Deserializer::from_str(text);
+    let parsed = T::deserialize(&mut parser);
+    (parsed, parser.into_iter::<IgnoredAny>().byte_offset())
 }

@@ -51,6 +51,7 @@ pub struct ShardName {
 
 /// Something in a record that is not a raw OCS message.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Undecodable {
     /// Its place in the record, counted as messages are; `None` if this is the record as a whole.
     pub sub_sequence_number: Option<u64>,
@@ -66,6 +67,7 @@ pub struct Undecodable {
 
 /// What a record was, beside what came out of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Unpacked {
     /// The last user record of a KPL aggregate; `None` for any other record.
     pub last_user_record: Option<u64>,

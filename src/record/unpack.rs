@@ -14,12 +14,11 @@ use crate::ocs::{EventMiddle, is_raw_message, is_raw_message_batch};
 
 /// So many aggregates and gzip streams may lie one in another.
 const DEPTH_LIMIT: u8 = 4;
-/// A record that unpacks to more than this is a bomb.
+/// A record that unpacks to more than this is a bomb. (Tests need not wait for so much.)
 pub(super) const UNPACKED_LIMIT_BYTES: usize =
     if cfg!(test) { 1024 * 1024 } else { 64 * 1024 * 1024 };
 /// So many parts of a record are told one by one.
 pub(super) const UNDECODABLE_LIMIT: usize = 1000;
-
 /// What is said of a part that cannot be decoded; it may quote the part.
 const REASON_LIMIT_BYTES: usize = 400;
 
@@ -88,7 +87,7 @@ pub fn unpack(
         undecodable,
         next: 0,
         untold: Untold::default(),
-        unpacked_bytes: 0,
+        left_bytes: UNPACKED_LIMIT_BYTES,
     };
     let record = Part {
         origin: &origin,
@@ -124,8 +123,8 @@ struct Unpacking<'a> {
     /// The next sub-sequence number.
     next: u64,
     untold: Untold,
-    /// What gzip streams have given.
-    unpacked_bytes: usize,
+    /// What gzip streams may still give.
+    left_bytes: usize,
 }
 
 /// Undecodable parts beyond those that are told one by one.
@@ -249,9 +248,7 @@ impl Unpacking<'_> {
     }
 
     fn gzip(&mut self, part: Part<'_>) -> Result<(), String> {
-        let limit_bytes = UNPACKED_LIMIT_BYTES.saturating_sub(self.unpacked_bytes);
-        let payload = gzip::unpack(part.bytes(), limit_bytes)?;
-        self.unpacked_bytes += payload.len();
+        let payload = gzip::unpack(part.bytes(), &mut self.left_bytes)?;
         let origin = Arc::new(Origin {
             shard: part.origin.shard.clone(),
             sequence_number: part.origin.sequence_number.clone(),

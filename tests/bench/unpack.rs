@@ -21,13 +21,13 @@ use tramline::{
 };
 
 /// Few enough for a pass to take milliseconds: on a busy machine some then run without an interruption.
-const EVENTS: usize = 4_000;
+const EVENTS: usize = 1_000;
 /// Events in an array, a batch, an aggregate or a gzip stream: what the producer gathers while a record is
 /// on its way.
 const GROUP: usize = 20;
 /// A worker hands on so many messages at a time.
-const BATCH: usize = 1_000;
-const PASSES: usize = 150;
+const BATCH: usize = 500;
+const PASSES: usize = 600;
 const TIME: &str = "2023-01-29T13:51:54.990000Z";
 const PARTITION_KEY: &str = "{10.108.46.198:8081 -> 10.198.0.34:43414}";
 
