@@ -91,7 +91,7 @@ enum Command {
     /// Receive OCS connections and write their messages to a stream
     Produce(produce::Produce),
     /// Read a stream and write its messages to stdout
-    Consume(consume::Consume),
+    Consume(Box<consume::Consume>),
     /// Show an application's shards, who reads them and how far
     Status(status::Status),
     /// Move checkpoints and give up leases

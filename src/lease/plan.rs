@@ -35,7 +35,7 @@ const UNREAD_AFTER: Duration = Duration::from_secs(10);
 const ALONE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the two workers that watch the table for all look at it, and the others at its bell.
 const WATCH_INTERVAL: Duration = Duration::from_millis(800);
-/// So many rows are read at about the price of one, for DynamoDB charges by 4 KiB and a row has some 400
+/// So many rows are read at the price of one or two, for DynamoDB charges by 4 KiB and a row has some 400
 /// bytes: then every worker looks at the whole table.
 const SMALL_TABLE: usize = 10;
 /// A worker that watches the bell looks at the table this often all the same.

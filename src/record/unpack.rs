@@ -16,7 +16,7 @@ use crate::ocs::{EventMiddle, is_raw_message, is_raw_message_batch};
 const DEPTH_LIMIT: u8 = 4;
 /// A record that unpacks to more than this is a bomb. (Tests need not wait for so much.)
 pub(super) const UNPACKED_LIMIT_BYTES: usize =
-    if cfg!(test) { 1024 * 1024 } else { 64 * 1024 * 1024 };
+    if cfg!(test) { 4 * 1024 * 1024 } else { 64 * 1024 * 1024 };
 /// So many parts of a record are told one by one.
 pub(super) const UNDECODABLE_LIMIT: usize = 1000;
 /// What is said of a part that cannot be decoded; it may quote the part.

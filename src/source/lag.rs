@@ -54,6 +54,7 @@ impl Stream {
     }
 
     /// Checks that the shard can be read from `place`.
+    #[cfg(feature = "cli")]
     pub(crate) async fn check_place(
         &self,
         shard: &ShardId,

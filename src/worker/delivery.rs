@@ -49,6 +49,8 @@ pub(super) struct Delivery<H, S> {
     unacked: BTreeMap<u64, Unacked>,
     /// Serial numbers of messages that were acknowledged although the call that took them failed.
     acked_early: BTreeSet<u64>,
+    /// Those of messages that were answered otherwise.
+    refused_early: BTreeSet<u64>,
     /// Serial numbers below this may still be answered from an attempt that failed: never given again.
     used_to: u64,
     failure_rate: FailureRate,
@@ -98,6 +100,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             to_answers,
             unacked: BTreeMap::new(),
             acked_early: BTreeSet::new(),
+            refused_early: BTreeSet::new(),
             used_to: 0,
             checkpoint_wanted: false,
         }
@@ -189,13 +192,16 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
     /// At a stop: what was acknowledged of a batch that the handler did not take wholly is finished all
     /// the same.
     fn keep_early_acks(&mut self, batch: Batch) {
+        let refused = std::mem::take(&mut self.refused_early);
+        if self.acked_early.is_empty() && refused.is_empty() {
+            return;
+        }
         let finished = self.finished_early(&batch);
-        if finished.contains(&true) {
-            self.take_over(grouped(batch.messages), &finished);
-            for serial in batch.acks.serials.iter() {
-                if let Some(unacked) = self.unacked.get_mut(serial) {
-                    unacked.failed = true;
-                }
+        self.take_over(grouped(batch.messages), &finished);
+        // The others are with somebody who may acknowledge them yet.
+        for serial in refused {
+            if let Some(unacked) = self.unacked.get_mut(&serial) {
+                unacked.failed = true;
             }
         }
     }
@@ -282,6 +288,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
     /// The serial number of the next message that is offered.
     fn first_serial(&mut self) -> u64 {
         self.acked_early.clear();
+        self.refused_early.clear();
         self.tracker.skip_to(self.used_to);
         self.tracker.next_serial()
     }
@@ -344,7 +351,9 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 (true, None) => {
                     self.acked_early.insert(answer.serial);
                 }
-                (true, Some(_)) => {}
+                (true, Some(_)) => {
+                    self.refused_early.insert(answer.serial);
+                }
                 (false, _) => of_others.push(answer),
             }
         }

@@ -198,8 +198,8 @@ fn a_message_that_is_skipped_is_counted_and_the_shard_goes_on() {
 fn p1_more_failures_than_are_tolerated_stop_the_shard_although_they_could_be_skipped() {
     let all = lines(0, 10);
     let servers = with_lines(0, 10);
-    let mut picky = Picky::default();
-    picky.on = all[2..].iter().map(|line| (line.clone(), Fails::Error)).collect();
+    let on = all[2..].iter().map(|line| (line.clone(), Fails::Error)).collect();
+    let picky = Picky { on, ..Picky::default() };
     let tolerance = Tolerance { percent: 40.0, window: Duration::from_secs(60) };
     let error = run_with(&servers, &picky, |worker| {
         worker.on_failure(OnFailure::Skip).failure_tolerance(tolerance)

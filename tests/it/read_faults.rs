@@ -40,7 +40,7 @@ fn reads_on(servers: &Servers, name: &str, retrieval: &str, rule: Rule) {
     servers.put_lines(name, "k", &lines(0, 10));
     running.wait_for_lines(10);
     let rule = proxy.add(rule);
-    wait_for(&format!("{name} to happen"), || (rule.hits() > 0).then_some(()));
+    wait_for(format!("{name} to happen"), || (rule.hits() > 0).then_some(()));
     for n in 10..20 {
         servers.put_lines(name, "k", &lines(n, n + 1));
     }
@@ -125,13 +125,13 @@ fn is_no_end(servers: &Servers, name: &str, retrieval: &str, rule: Rule) {
     servers.put_lines(name, "k", &lines(0, 10));
     running.wait_for_lines(10);
     let rule = proxy.add(rule);
-    wait_for(&format!("{name} to happen"), || (rule.hits() >= 2).then_some(()));
+    wait_for(format!("{name} to happen"), || (rule.hits() >= 2).then_some(()));
     for n in 10..15 {
         servers.put_lines(name, "k", &lines(n, n + 1));
     }
     running.wait_for_lines(15);
     let hits = rule.hits();
-    wait_for(&format!("{name} to happen again"), || (rule.hits() >= hits + 2).then_some(()));
+    wait_for(format!("{name} to happen again"), || (rule.hits() >= hits + 2).then_some(()));
     rule.lift();
     servers.put_lines(name, "k", &lines(15, 20));
     assert_eq!(raws(&running.wait_for_lines(20)), lines(0, 20), "{name}");
