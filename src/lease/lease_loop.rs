@@ -179,6 +179,11 @@ impl<S: LeaseStore> LeaseLoop<S> {
         !self.left.is_empty() && unfinished.all(|lease| self.left.contains(&lease.shard))
     }
 
+    /// Whether there is a free lease that this worker may take at one of its next looks.
+    pub fn may_take_more(&self) -> bool {
+        self.with_planner(|snapshot, _, planner| plan::may_take_more(snapshot, planner))
+    }
+
     /// From now on takes no more leases than it has, or takes its share again.
     pub fn refuse(&mut self, refuses: bool) {
         if refuses != self.refuses {

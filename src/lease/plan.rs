@@ -362,6 +362,16 @@ fn startable(snapshot: &[Lease]) -> Vec<&Lease> {
         .collect()
 }
 
+/// Whether there is a free lease that could be read, and that the worker may take.
+pub fn may_take_more(snapshot: &[Lease], planner: &Planner<'_>) -> bool {
+    room(planner) > 0
+        && startable(snapshot).iter().any(|lease| {
+            lease.owner.is_none()
+                && !planner.held.contains(&lease.shard)
+                && !planner.left.contains(&lease.shard)
+        })
+}
+
 /// How many leases more the worker may take.
 fn room(planner: &Planner<'_>) -> usize {
     match planner.refuses {

@@ -697,7 +697,8 @@ where
     /// Whether every shard that is read here stopped because of a failure: there is nothing left to do.
     fn all_parked(&self) -> bool {
         let mut steps = self.shards.values().map(|shard| shard.activity.now().step);
-        !self.shards.is_empty() && steps.all(|step| step == Step::Parked)
+        let nothing_else = !self.shards.is_empty() && steps.all(|step| step == Step::Parked);
+        nothing_else && !self.leases.may_take_more()
     }
 
     async fn stop(mut self) -> Result<(), WorkerError> {

@@ -2,10 +2,11 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use aws_types::SdkConfig;
 use jiff::Timestamp;
+use tokio::time::Instant;
 
 use super::{Leases, OnStuck, Worker, WorkerError};
 use crate::{
-    checkpoint::{Checkpoints, StateStore, Writer},
+    checkpoint::{Checkpoints, StateError, StateStore, Writer},
     handler::{DeadLetters, Handler, OnFailure, Retries, Tolerance},
     lease::{InitialPosition, Lease, MemoryTable, dynamodb::LeaseTable},
     ocs::ServiceDay,
@@ -42,6 +43,8 @@ impl StartPosition {
     }
 }
 
+/// How long a worker that is just ending may keep the file with the state from its successor.
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(5);
 /// As good as no limit, and small enough to be added to any time.
 const A_YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -439,9 +442,15 @@ async fn own_leases(
     state: Option<&StateStore>,
 ) -> Result<MemoryTable, WorkerError> {
     let table = MemoryTable::default();
-    let saved = match state {
-        Some(state) => state.load().await?,
-        None => return Ok(table),
+    let Some(state) = state else { return Ok(table) };
+    let give_up = Instant::now() + PREDECESSOR_LIMIT;
+    let saved = loop {
+        match state.load().await {
+            Err(StateError::Locked { .. }) if Instant::now() < give_up => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            loaded => break loaded?,
+        }
     };
     let listed = streams.shards().await?;
     // What the stream does not list any more has expired.
