@@ -143,6 +143,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             match offered {
                 Ok(()) if batch.acks.are_taken() => {
                     let finished = self.finished_early(&batch);
+                    self.count(batch.len());
                     self.take_over(grouped(batch.messages), &finished);
                 }
                 Ok(()) => self.finish(&batch.messages),
@@ -181,6 +182,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 }
             }
             if finished.contains(&false) {
+                self.count(group.messages.len());
                 self.take_over(vec![group], &finished);
             } else {
                 self.finish(&group.messages);
@@ -197,6 +199,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             return;
         }
         let finished = self.finished_early(&batch);
+        self.count(finished.iter().filter(|finished| **finished).count());
         self.take_over(grouped(batch.messages), &finished);
         // The others are with somebody who may acknowledge them yet.
         for serial in refused {
@@ -224,7 +227,6 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
     fn take_over(&mut self, groups: Vec<Group>, finished: &[bool]) {
         let mut finished = finished.iter();
         for Group { position, messages } in groups {
-            self.count(messages.len());
             let serials = self.tracker.deliver(position, messages.len()).unwrap_or(0..0);
             for (serial, message) in serials.zip(messages) {
                 if finished.next().copied().unwrap_or(false) {
