@@ -3,12 +3,19 @@
 //! Every call goes through [`failure`], so that each log line about AWS reads the same: the operation
 //! by its IAM name, what AWS said, and what to do where we know it.
 
-use std::{error::Error, fmt, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
 
 use aws_credential_types::provider::error::CredentialsError;
 use aws_smithy_runtime_api::client::{orchestrator::HttpResponse, result::SdkError};
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use aws_smithy_types::{event_stream::RawMessage, timeout::TimeoutConfig};
+use aws_types::{SdkConfig, service_config::ServiceConfigKey};
+use tokio::time::Instant;
 
 /// An AWS call that did not succeed.
 #[derive(Debug, Clone)]
@@ -28,7 +35,7 @@ pub enum AwsErrorKind {
     Denied,
     /// There are no credentials, or AWS does not accept them.
     Credentials,
-    /// The stream, shard, consumer, table or bucket does not exist.
+    /// The stream, shard, consumer, table, bucket or object does not exist.
     NotFound,
     /// It exists already, or is busy.
     InUse,
@@ -71,6 +78,11 @@ impl fmt::Display for AwsError {
         let Self { operation, kind, said } = self;
         match kind {
             AwsErrorKind::Throttled => write!(f, "{operation} was throttled: {said}"),
+            AwsErrorKind::Denied if *operation == "s3:GetObject" => write!(
+                f,
+                "{operation} is not allowed: {said}; grant the IAM actions s3:GetObject on the object \
+                 and s3:ListBucket on the bucket (without it S3 answers so when there is no object)"
+            ),
             AwsErrorKind::Denied => {
                 write!(f, "{operation} is not allowed: {said}; grant the IAM action {operation}")
             }
@@ -91,6 +103,71 @@ impl fmt::Display for AwsError {
 }
 
 impl Error for AwsError {}
+
+/// A client of the SDK that opens new connections when a call got no answer.
+///
+/// Over HTTP/2 the SDK makes all its calls on one connection, and stays on it when calls run out of time.
+/// A host that went away without a word would hold up every call until TCP gives up on it, which takes a
+/// quarter of an hour. A client made anew has new connections, unless the configuration has an HTTP client
+/// of its own.
+pub(crate) struct Reconnecting<C> {
+    connect: Box<dyn Fn() -> C + Send + Sync>,
+    current: Mutex<Connected<C>>,
+}
+
+struct Connected<C> {
+    client: C,
+    /// When it was made in place of another one.
+    renewed_at: Option<Instant>,
+}
+
+/// Calls that were under way together fail together: for this long, the connections count as new.
+const NEW_FOR: Duration = Duration::from_secs(5);
+
+impl<C: Clone> Reconnecting<C> {
+    pub(crate) fn new(connect: impl Fn() -> C + Send + Sync + 'static) -> Self {
+        let current = Connected { client: connect(), renewed_at: None };
+        Self { connect: Box::new(connect), current: current.into() }
+    }
+
+    pub(crate) fn get(&self) -> C {
+        self.lock().client.clone()
+    }
+
+    /// Lets the calls that follow go over new connections. Those under way stay where they are.
+    pub(crate) fn reconnect(&self) {
+        let mut current = self.lock();
+        if current.renewed_at.is_none_or(|at| at.elapsed() > NEW_FOR) {
+            *current = Connected { client: (self.connect)(), renewed_at: Some(Instant::now()) };
+        }
+    }
+
+    /// Reads an error of this client, as [`failure`] does.
+    pub(crate) fn failure<E>(
+        &self,
+        operation: &'static str,
+        error: SdkError<E, HttpResponse>,
+    ) -> AwsError
+    where
+        E: ProvideErrorMetadata + Error + 'static,
+    {
+        let error = failure(operation, error);
+        if error.kind == AwsErrorKind::Unreachable {
+            self.reconnect();
+        }
+        error
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connected<C>> {
+        self.current.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+impl<C> fmt::Debug for Reconnecting<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reconnecting").finish_non_exhaustive()
+    }
+}
 
 /// Reads an SDK error. `operation` is the IAM action, such as `kinesis:GetRecords`.
 pub(crate) fn failure<E>(operation: &'static str, error: SdkError<E, HttpResponse>) -> AwsError
@@ -199,10 +276,14 @@ fn kind_of(code: &str) -> AwsErrorKind {
         | "ExpiredToken"
         | "ExpiredTokenException" => AwsErrorKind::Credentials,
         "ResourceNotFoundException" | "NoSuchBucket" | "NoSuchKey" => AwsErrorKind::NotFound,
-        "ResourceInUseException" | "ConditionalRequestConflict" => AwsErrorKind::InUse,
+        "ResourceInUseException" | "OperationAborted" => AwsErrorKind::InUse,
         "LimitExceededException" => AwsErrorKind::Quota,
         "ExpiredIteratorException" => AwsErrorKind::ExpiredIterator,
-        "ConditionalCheckFailedException" | "PreconditionFailed" => AwsErrorKind::Condition,
+        "ConditionalCheckFailedException" | "PreconditionFailed" | "ConditionalRequestConflict" => {
+            AwsErrorKind::Condition
+        }
+        // S3 waited in vain for our bytes.
+        "RequestTimeout" => AwsErrorKind::Unreachable,
         "UnknownOperationException" | "InvalidAction" | "NotImplemented" => {
             AwsErrorKind::UnknownOperation
         }
@@ -210,7 +291,6 @@ fn kind_of(code: &str) -> AwsErrorKind {
         | "InternalFailureException"
         | "InternalServerError"
         | "InternalError"
-        | "RequestTimeout"
         | "ServiceUnavailable"
         | "ServiceUnavailableException" => AwsErrorKind::Server,
         _ => AwsErrorKind::Refused,
@@ -254,6 +334,31 @@ pub(crate) fn lease_timeouts() -> TimeoutConfig {
         .connect_timeout(Duration::from_secs(1))
         .operation_attempt_timeout(Duration::from_secs(2))
         .build()
+}
+
+/// How long a state document of 64 MiB may take on its way.
+pub(crate) const STATE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Limits for reading and writing state documents. A connection on which nothing moves is given up
+/// sooner, by the SDK's stalled stream protection.
+pub(crate) fn state_timeouts() -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(Duration::from_secs(3))
+        .operation_attempt_timeout(STATE_LIMIT)
+        .build()
+}
+
+/// Describes an S3 client. Servers at an address of their own rarely know buckets by their host name, so
+/// there the bucket goes into the path.
+pub(crate) fn s3_config(config: &SdkConfig) -> aws_sdk_s3::config::Builder {
+    let key = ServiceConfigKey::builder()
+        .service_id("S3")
+        .env("AWS_ENDPOINT_URL")
+        .profile("endpoint_url")
+        .build();
+    let of_s3 = config.service_config().zip(key.ok()).and_then(|(of, key)| of.load_config(key));
+    let own_address = config.endpoint_url().is_some() || of_s3.is_some();
+    aws_sdk_s3::config::Builder::from(config).force_path_style(own_address)
 }
 
 /// A time as the SDK writes it.

@@ -68,12 +68,15 @@ pub mod lease;
 pub mod local;
 pub mod ocs;
 mod produce;
-mod record;
+pub mod record;
+#[cfg(feature = "cli")]
+mod redrive;
 pub mod shard;
 mod source;
 mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
+pub use checkpoint::Checkpoints;
 pub use handler::{
     Ack, Batch, Coalesce, Concurrent, DeadLetterError, DeadLetters, Deduplicate, Handler,
     MessagesFailed, OnFailure, Retries, RetryPer, StopReason, Tenure, Tolerance,
@@ -90,5 +93,6 @@ pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};
 pub use worker::{
-    Load, OnStuck, Report, StartPosition, Worker, WorkerBuilder, WorkerError, shutdown_signal,
+    Load, MaxCheckpointAge, Messages, OnStuck, Poller, Received, Report, StartPosition, Worker,
+    WorkerBuilder, WorkerError, shutdown_signal,
 };

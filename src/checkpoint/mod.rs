@@ -1,9 +1,18 @@
 //! How far a shard has been read.
 
+mod document;
+mod file;
+mod held;
+mod place;
+mod s3;
+mod state;
 mod tracker;
 
 use std::{cmp::Ordering, fmt};
 
+pub use document::Saved;
+pub use place::Checkpoints;
+pub use state::{ShardState, StateError, StateStore, Writer};
 pub use tracker::Tracker;
 
 use crate::shard::SequenceNumber;

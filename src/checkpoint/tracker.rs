@@ -66,6 +66,11 @@ impl Tracker {
         self.next_serial
     }
 
+    /// Gives no serial number below this one any more.
+    pub fn skip_to(&mut self, serial: u64) {
+        self.next_serial = self.next_serial.max(serial);
+    }
+
     /// Notes that a message is finished. `false` if it is not one of ours, or was finished before: then
     /// nothing changes.
     pub fn finish(&mut self, serial: u64) -> bool {

@@ -9,7 +9,6 @@ use tokio::time::Instant;
 use super::values;
 use crate::{
     Retrieval, SourceError,
-    aws::AwsErrorKind,
     lease::{Lease, LeaseError, LeaseStore as _, dynamodb::LeaseTable, plan::Observations},
     source::Streams,
 };
@@ -71,7 +70,7 @@ impl Look {
     pub(super) async fn once(&mut self) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.leases = match self.table.scan().await {
             Ok(leases) => leases,
-            Err(LeaseError::Table { table, source }) if source.kind() == AwsErrorKind::NotFound => {
+            Err(LeaseError::NoTable { table }) => {
                 return Err(format!(
                     "lease table {table} does not exist; check --app, --lease-table and the region, \
                      or start a worker, which creates it"

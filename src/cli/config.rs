@@ -315,7 +315,7 @@ mod tests {
             environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         match parse(args, &environment) {
             Ok(Parsed { cli: Cli { command: Subcommand::Consume(consume), .. }, .. }) => {
-                Ok(consume)
+                Ok(*consume)
             }
             Ok(_) => Err("another command".into()),
             Err(error) => Err(error.to_string()),

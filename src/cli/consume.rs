@@ -7,7 +7,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Outcome, values};
 use crate::{
-    DeadLetters, OnFailure, OnStuck, Retries, Retrieval, StartPosition, Tolerance, Worker,
+    Checkpoints, DeadLetters, MaxCheckpointAge, OnFailure, OnStuck, Retries, Retrieval,
+    StartPosition, Tolerance, Worker,
     feed::{Format, Stdout},
     host,
 };
@@ -80,6 +81,20 @@ pub(super) struct Consume {
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "30s")]
     hand_over_limit: Duration,
 
+    /// Where checkpoints are kept: dynamodb, s3://BUCKET/KEY or file:///PATH. A key or path without {shard} is
+    /// for one worker, which then needs no lease table
+    #[arg(long, value_name = "PLACE", value_parser = values::checkpoints, default_value = "dynamodb")]
+    checkpoint: Checkpoints,
+
+    /// Store no checkpoints and take no leases: read all shards from --start in each run
+    #[arg(long, conflicts_with = "max_checkpoint_age")]
+    no_checkpoint: bool,
+
+    /// Go on from no checkpoint older than this, but from there: service-day (its start) or a duration
+    /// [default: however old it is]
+    #[arg(long, value_name = "AGE", value_parser = values::max_checkpoint_age)]
+    max_checkpoint_age: Option<MaxCheckpointAge>,
+
     /// Where what cannot be decoded or handled goes: kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH
     /// [default: standard error]
     #[arg(long, value_name = "PLACE")]
@@ -149,12 +164,19 @@ impl Consume {
                 time_limit: None,
                 ..Retries::default()
             })
+            .checkpoints(self.checkpoint)
             .watchdog(self.watchdog)
             .on_stuck(self.on_stuck)
             .max_leases(self.max_leases.map_or(usize::MAX, |limit| limit as usize))
             .checkpoint_interval(self.checkpoint_interval)
             .prefetch_bytes(self.prefetch)
             .shutdown_limit(self.shutdown_limit);
+        if self.no_checkpoint {
+            worker = worker.no_checkpoint();
+        }
+        if let Some(age) = self.max_checkpoint_age {
+            worker = worker.max_checkpoint_age(age);
+        }
         if let Some(letters) = self.dead_letters {
             worker = worker.dead_letters(letters);
         }

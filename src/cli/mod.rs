@@ -10,6 +10,7 @@ mod lease;
 #[cfg(feature = "local")]
 mod local;
 mod produce;
+mod redrive;
 mod schema;
 mod signals;
 mod status;
@@ -91,11 +92,12 @@ enum Command {
     /// Receive OCS connections and write their messages to a stream
     Produce(produce::Produce),
     /// Read a stream and write its messages to stdout
-    Consume(consume::Consume),
+    Consume(Box<consume::Consume>),
     /// Show an application's shards, who reads them and how far
     Status(status::Status),
     /// Move checkpoints and give up leases
     Lease(lease::Lease),
+    Redrive(redrive::Redrive),
     /// Send realistic OCS traffic to a TCP port
     Generate(generate::Generate),
     /// Print the JSON Schema of an event type
@@ -150,6 +152,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Consume(consume) => consume.run(&aws_config(&cli.global).await?, stop).await,
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
         Command::Schema(schema) => schema.run(),
     }

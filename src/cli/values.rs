@@ -7,8 +7,11 @@ use clap::{ValueEnum, builder::PossibleValue};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
-    Encoding, OnFailure, OnStuck, PartitionKey, Retrieval, SequenceNumber, Spool, StartPosition,
-    feed::Format, ocs::generate::Profile,
+    Checkpoints, DeadLetters, Encoding, MaxCheckpointAge, OnFailure, OnStuck, PartitionKey,
+    Retrieval, SequenceNumber, Spool, StartPosition,
+    feed::Format,
+    handler::{Kind, is_stream_name},
+    ocs::generate::Profile,
 };
 
 /// A length of time such as `500ms`, `10s` or `1h30m`.
@@ -99,6 +102,21 @@ pub(super) fn start(text: &str) -> Result<StartPosition, String> {
     }
 }
 
+/// A place for checkpoints.
+pub(super) fn checkpoints(text: &str) -> Result<Checkpoints, String> {
+    Checkpoints::parse(text).map_err(|error| error.to_string())
+}
+
+/// How old a checkpoint may be.
+pub(super) fn max_checkpoint_age(text: &str) -> Result<MaxCheckpointAge, String> {
+    match text {
+        "service-day" => Ok(MaxCheckpointAge::ServiceDay),
+        other => duration(other)
+            .map(MaxCheckpointAge::Age)
+            .map_err(|error| format!("write service-day or a duration; {error}")),
+    }
+}
+
 /// A part of a hundred.
 pub(super) fn percent(text: &str) -> Result<f64, String> {
     let percent = text.trim_end_matches('%').trim().parse::<f64>().ok();
@@ -129,6 +147,31 @@ pub(super) fn reset_position(text: &str) -> Result<ResetPosition, String> {
                     .to_owned()
             }),
     }
+}
+
+/// A point in time.
+pub(super) fn time(text: &str) -> Result<Timestamp, String> {
+    text.parse().map_err(|_| "write a time such as 2025-07-02T06:00:00Z".to_owned())
+}
+
+/// A place where dead letters are stored and can be read back.
+pub(super) fn dead_letters(text: &str) -> Result<DeadLetters, String> {
+    text.parse()
+        .ok()
+        .filter(|parsed| *parsed != DeadLetters::stderr())
+        .ok_or_else(|| "write kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH".to_owned())
+}
+
+/// The name of a stream.
+pub(super) fn stream_name(text: &str) -> Result<String, String> {
+    is_stream_name(text)
+        .then(|| text.to_owned())
+        .ok_or_else(|| "write the name of a stream: letters, digits, _ . and -".to_owned())
+}
+
+/// The word for a value.
+pub(super) fn word(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or(String::new(), |word| word.get_name().to_owned())
 }
 
 /// Words for values of enums that live elsewhere.
@@ -183,6 +226,14 @@ words!(Encoding {
     Single = "single" "one CloudEvent",
     Batch = "batch" "one CloudEvent with many messages: com.mbta.ocs.raw_message_batch",
     Kpl = "kpl" "a KPL aggregate, one CloudEvent in each user record",
+});
+
+words!(Kind {
+    Undecodable = "undecodable" "no raw OCS message",
+    HandlerFailed = "handler-failed" "the handler returned an error each time",
+    HandlerTimedOut = "handler-timed-out" "the handler did not return in time",
+    Oversized = "oversized" "of an OCS connection, never in a stream: not put back",
+    Unfinished = "unfinished" "of an OCS connection, never in a stream: not put back",
 });
 
 words!(Profile {

@@ -56,8 +56,8 @@ impl Format {
 /// The event as it stands in the record. Line breaks can only be white space there: within strings
 /// JSON escapes them.
 fn write_event(message: &Message, out: &mut Vec<u8>) {
-    let event = message.event_json().bytes();
-    out.extend(event.map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { byte }));
+    let event = message.event_json();
+    out.extend(event.bytes().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { byte }));
 }
 
 #[cfg(test)]
@@ -80,9 +80,13 @@ mod tests {
             arrived_at: "2021-08-13T12:00:01.5Z".parse().ok(),
             data: json.into(),
         };
-        let shard = Arc::new(ShardName { stream: "st".into(), shard: "shardId-0".into() });
+        let shard = Arc::new(ShardName {
+            stream: "st".into(),
+            shard: "shardId-0".into(),
+            hash_key_range: None,
+        });
         let (mut messages, mut undecodable) = (Vec::new(), Vec::new());
-        unpack(&shard, record, &mut messages, &mut undecodable);
+        unpack(&shard, record, None, &mut messages, &mut undecodable);
         let mut out = Vec::new();
         format.write(&messages[0], &mut out);
         String::from_utf8(out).expect("UTF-8")

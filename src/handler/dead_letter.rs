@@ -18,7 +18,7 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use jiff::Timestamp;
-use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 
@@ -109,7 +109,7 @@ impl From<&Message> for Place {
             stream: message.stream().to_owned(),
             shard: message.shard().as_str().to_owned(),
             sequence_number: message.sequence_number().clone(),
-            user_record: None,
+            user_record: message.user_record(),
             sub_sequence_number: Some(message.sub_sequence_number()),
             partition_key: message.partition_key().to_owned(),
             arrived_at: message.arrived_at(),
@@ -160,6 +160,24 @@ pub(crate) struct LetterId([u8; 16]);
 impl AsRef<[u8]> for LetterId {
     fn as_ref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+impl Serialize for LetterId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for LetterId {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(json)?;
+        let mut id = [0; 16];
+        let digits = |n: usize| u8::from_str_radix(text.get(2 * n..2 * n + 2)?, 16).ok();
+        for (n, byte) in id.iter_mut().enumerate() {
+            *byte = digits(n).ok_or_else(|| D::Error::custom("not the id of a letter"))?;
+        }
+        Ok(Self(id))
     }
 }
 

@@ -19,7 +19,7 @@ pub(crate) struct ReadLine {
 pub(crate) enum Unreadable {
     #[error("not JSON from column {column} on: cut short or damaged")]
     NotJson { column: usize },
-    #[error("JSON, but no dead letter")]
+    #[error("no dead letter")]
     NoLetter,
     #[error("a dead letter of version {0}, and this program reads version {VERSION}")]
     Version(u32),

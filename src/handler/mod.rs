@@ -4,7 +4,7 @@ mod ack;
 mod coalesce;
 mod concurrent;
 mod dead_letter;
-#[cfg(test)]
+#[cfg(any(test, feature = "cli"))]
 mod dead_letter_line;
 mod dead_letters;
 mod deduplicate;
@@ -26,9 +26,23 @@ pub use ack::Ack;
 pub(crate) use ack::Answer;
 pub use coalesce::Coalesce;
 pub use concurrent::{Concurrent, MessagesFailed};
+#[cfg(test)]
+pub(crate) use dead_letter::tests as dead_letter_tests;
 pub(crate) use dead_letter::{DeadLetter, Kind, Place, RecordPlace};
+#[cfg(feature = "cli")]
+pub(crate) use dead_letter::{LetterId, Part, hexadecimal};
+#[cfg(feature = "cli")]
+pub(crate) use dead_letter_line::ReadLine;
 pub(crate) use dead_letters::DeadLetterStore;
 pub use dead_letters::{DeadLetterError, DeadLetters};
+#[cfg(feature = "cli")]
+pub(crate) use dead_letters::{
+    Destination,
+    file::sync_name,
+    is_stream_name,
+    kinesis::{KEY_LIMIT_CHARS, Outgoing, RECORD_LIMIT_BYTES, put_records, round},
+    s3::client as s3_client,
+};
 pub use deduplicate::Deduplicate;
 pub(crate) use failure::{Failure, FailureCause, FailureRate};
 pub use failure::{OnFailure, Retries, RetryPer, Tolerance};
@@ -254,7 +268,11 @@ mod testing {
 
     /// A batch of one record for each partition key and OCS line.
     pub(super) fn batch(lines: &[(&str, &str)]) -> Batch {
-        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
+        let shard = Arc::new(ShardName {
+            stream: "s".into(),
+            shard: "shardId-0".into(),
+            hash_key_range: None,
+        });
         let mut messages = Vec::new();
         for (n, (key, line)) in lines.iter().enumerate() {
             let source = EventSource::new((*key).to_owned(), "test", None);
@@ -264,7 +282,7 @@ mod testing {
                 arrived_at: None,
                 data: source.event("2025-07-02T15:00:00Z", line.as_bytes()).json.into(),
             };
-            unpack(&shard, record, &mut messages, &mut Vec::new());
+            unpack(&shard, record, None, &mut messages, &mut Vec::new());
         }
         assert_eq!(messages.len(), lines.len());
         let acks = Acks::new((0..messages.len() as u64).collect(), mpsc::unbounded_channel().0);

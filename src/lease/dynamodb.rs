@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::{Change, Lease, LeaseError, LeaseStore, ReaderNote, Trouble, Verdict, verdict};
 use crate::{
-    aws::{self, AwsError, AwsErrorKind},
+    aws::{self, AwsError, AwsErrorKind, Reconnecting},
     checkpoint::Checkpoint,
     shard::{HashKeyRange, Shard, ShardId, StreamIdentifier},
 };
@@ -62,7 +62,7 @@ const CREATE_LIMIT: Duration = Duration::from_secs(60);
 /// The lease table of one application.
 #[derive(Debug, Clone)]
 pub struct LeaseTable {
-    client: Client,
+    client: Arc<Reconnecting<Client>>,
     name: String,
     /// The streams whose leases it is asked for, where they are several.
     streams: Arc<BTreeSet<StreamIdentifier>>,
@@ -76,8 +76,9 @@ impl LeaseTable {
         let config = aws_sdk_dynamodb::config::Builder::from(config)
             .timeout_config(aws::lease_timeouts())
             .build();
+        let client = Reconnecting::new(move || Client::from_conf(config.clone()));
         Self {
-            client: Client::from_conf(config),
+            client: client.into(),
             name: name.into(),
             streams: Arc::default(),
             told: Arc::default(),
@@ -139,9 +140,9 @@ impl LeaseTable {
     }
 
     async fn status(&self) -> Result<Option<TableStatus>, LeaseError> {
-        match self.client.describe_table().table_name(&self.name).send().await {
+        match self.client.get().describe_table().table_name(&self.name).send().await {
             Ok(answer) => Ok(answer.table.and_then(|table| table.table_status)),
-            Err(error) => match aws::failure("dynamodb:DescribeTable", error) {
+            Err(error) => match self.client.failure("dynamodb:DescribeTable", error) {
                 error if error.kind() == AwsErrorKind::NotFound => Ok(None),
                 error => Err(self.failed(error)),
             },
@@ -159,6 +160,7 @@ impl LeaseTable {
             .build();
         let created = self
             .client
+            .get()
             .create_table()
             .table_name(&self.name)
             .set_attribute_definitions(key.ok().map(|key| vec![key]))
@@ -171,7 +173,7 @@ impl LeaseTable {
                 tracing::info!(table = self.name, "lease table created");
                 Ok(())
             }
-            Err(error) => match aws::failure("dynamodb:CreateTable", error) {
+            Err(error) => match self.client.failure("dynamodb:CreateTable", error) {
                 // Another worker was faster.
                 error if error.kind() == AwsErrorKind::InUse => Ok(()),
                 error => Err(self.failed(error)),
@@ -183,6 +185,7 @@ impl LeaseTable {
         let update = Update::new(seen, change);
         let answer = self
             .client
+            .get()
             .update_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(seen.shard.to_string()))
@@ -209,7 +212,7 @@ impl LeaseTable {
             }
             _ => None,
         };
-        match aws::failure("dynamodb:UpdateItem", error) {
+        match self.client.failure("dynamodb:UpdateItem", error) {
             error if error.kind() == AwsErrorKind::Condition => Ok(Written::Refused(row)),
             error => Err(self.failed(error)),
         }
@@ -233,7 +236,11 @@ impl LeaseTable {
     }
 
     fn failed(&self, source: AwsError) -> LeaseError {
-        LeaseError::Table { table: self.name.clone(), source }
+        let table = self.name.clone();
+        match source.kind() {
+            AwsErrorKind::NotFound => LeaseError::NoTable { table },
+            _ => LeaseError::Table { table, source },
+        }
     }
 
     /// Reads a row; `None` if it is not a lease (KCL 3.5 keeps other records in the same table).
@@ -371,6 +378,7 @@ impl LeaseStore for LeaseTable {
         loop {
             let page = self
                 .client
+                .get()
                 .scan()
                 .table_name(&self.name)
                 // A child whose parent's row is not seen yet would start too early (P5).
@@ -378,7 +386,7 @@ impl LeaseStore for LeaseTable {
                 .set_exclusive_start_key(next)
                 .send()
                 .await
-                .map_err(|error| self.failed(aws::failure("dynamodb:Scan", error)))?;
+                .map_err(|error| self.failed(self.client.failure("dynamodb:Scan", error)))?;
             for row in page.items.unwrap_or_default() {
                 let lease = match self.read_row(&row) {
                     Ok(None) => continue,
@@ -399,19 +407,21 @@ impl LeaseStore for LeaseTable {
     async fn get(&self, shard: &ShardId) -> Result<Option<Lease>, LeaseError> {
         let answer = self
             .client
+            .get()
             .get_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(shard.to_string()))
             .consistent_read(true)
             .send()
             .await
-            .map_err(|error| self.failed(aws::failure("dynamodb:GetItem", error)))?;
+            .map_err(|error| self.failed(self.client.failure("dynamodb:GetItem", error)))?;
         Ok(answer.item.map(|row| self.read_row(&row)).transpose()?.flatten())
     }
 
     async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
         let put = self
             .client
+            .get()
             .put_item()
             .table_name(&self.name)
             .set_item(Some(write_row(lease)))
@@ -420,17 +430,16 @@ impl LeaseStore for LeaseTable {
             .await;
         match put {
             Ok(_) => Ok(true),
-            Err(error) => match aws::failure("dynamodb:PutItem", error) {
+            Err(error) => match self.client.failure("dynamodb:PutItem", error) {
                 error if error.kind() == AwsErrorKind::Condition => Ok(false),
                 error => Err(self.failed(error)),
             },
         }
     }
 
-    async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
-        let mut seen = seen.clone();
+    async fn update(&self, seen: &mut Lease, change: &Change) -> Result<Lease, LeaseError> {
         loop {
-            let row = match self.write(&seen, change).await? {
+            let row = match self.write(seen, change).await? {
                 Written::As(lease) => return Ok(*lease),
                 Written::Refused(row) => row,
             };
@@ -438,12 +447,12 @@ impl LeaseStore for LeaseTable {
                 Some(row) => self.read_row(&row)?,
                 None => self.get(&seen.shard).await?,
             };
-            match verdict(&seen, change, now) {
+            match verdict(seen, change, now) {
                 Verdict::Landed(lease) => return Ok(lease),
-                Verdict::WriteOver(lease) => seen = lease,
-                Verdict::Gone => return Err(LeaseError::Gone { shard: seen.shard }),
+                Verdict::WriteOver(lease) => *seen = lease,
+                Verdict::Gone => return Err(LeaseError::Gone { shard: seen.shard.clone() }),
                 Verdict::Lost { owner } => {
-                    return Err(LeaseError::Lost { shard: seen.shard, owner });
+                    return Err(LeaseError::Lost { shard: seen.shard.clone(), owner });
                 }
             }
         }
@@ -452,6 +461,7 @@ impl LeaseStore for LeaseTable {
     async fn delete(&self, seen: &Lease) -> Result<(), LeaseError> {
         let deleted = self
             .client
+            .get()
             .delete_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(seen.shard.to_string()))
@@ -459,7 +469,7 @@ impl LeaseStore for LeaseTable {
             .expression_attribute_values(":seen", number(seen.counter))
             .send()
             .await;
-        match deleted.map_err(|error| aws::failure("dynamodb:DeleteItem", error)) {
+        match deleted.map_err(|error| self.client.failure("dynamodb:DeleteItem", error)) {
             Ok(_) => Ok(()),
             // Someone else was faster, or uses it after all.
             Err(error) if error.kind() == AwsErrorKind::Condition => Ok(()),
@@ -470,6 +480,7 @@ impl LeaseStore for LeaseTable {
     async fn ring(&self, shard: &ShardId) -> Result<(), LeaseError> {
         let rung = self
             .client
+            .get()
             .update_item()
             .table_name(&self.name)
             .key(attribute::KEY, AttributeValue::S(shard.to_string()))
@@ -479,7 +490,7 @@ impl LeaseStore for LeaseTable {
             .expression_attribute_values(":one", number(1))
             .send()
             .await;
-        match rung.map_err(|error| aws::failure("dynamodb:UpdateItem", error)) {
+        match rung.map_err(|error| self.client.failure("dynamodb:UpdateItem", error)) {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == AwsErrorKind::Condition => Ok(()),
             Err(error) => Err(self.failed(error)),
@@ -688,6 +699,15 @@ mod tests {
         }
         let again = to(Checkpoint::TrimHorizon, None);
         assert!(again.remove.contains(&format!("#{}", attribute::PENDING[0])));
+    }
+
+    #[test]
+    fn p4_taking_a_lease_removes_a_checkpoint_owner_that_others_left_behind() {
+        let take = Update::new(
+            &lease(Some("other"), 4),
+            &Change::Take { worker: "me".into(), at: Timestamp::UNIX_EPOCH },
+        );
+        assert!(take.remove.contains(&format!("#{}", attribute::CHECKPOINT_OWNER)));
     }
 
     #[test]

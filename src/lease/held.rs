@@ -37,6 +37,9 @@ pub struct HeldLease<S> {
     lease: tokio::sync::Mutex<Lease>,
     /// Set when we let go: what was on its way to the lease must not touch it any more.
     let_go: AtomicBool,
+    /// Set when a write that lets go has begun. It may land without our hearing of it, and a renewal
+    /// after that would find another's lease: from then on only that write is tried again.
+    letting_go: AtomicBool,
     /// When the last successful write began; or, if attempts before it got no answer, the first of
     /// those: it may be the one that moved the counter.
     written_at: Mutex<Instant>,
@@ -74,6 +77,7 @@ impl<S: LeaseStore> HeldLease<S> {
             lost: CancellationToken::new(),
             asked: CancellationToken::new(),
             let_go: AtomicBool::new(false),
+            letting_go: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             behind: Mutex::new(None),
             note: Mutex::new(None),
@@ -166,8 +170,15 @@ impl<S: LeaseStore> HeldLease<S> {
         if self.let_go.load(Ordering::Acquire) {
             return Err(LeaseError::Lost { shard: lease.shard.clone(), owner: None });
         }
+        match change {
+            Change::Release { .. } | Change::End { .. } => {
+                self.letting_go.store(true, Ordering::Release);
+            }
+            Change::Renew if self.letting_go.load(Ordering::Acquire) => return Ok(()),
+            _ => {}
+        }
         let began = Instant::now();
-        match self.store.update(&lease, change).await {
+        match self.store.update(&mut lease, change).await {
             Ok(written) => {
                 match change {
                     Change::Release { .. } | Change::End { .. } => {
@@ -203,13 +214,16 @@ impl<S: LeaseStore> HeldLease<S> {
     /// Writes a change that must not be given up: tries again until it is written or the lease is lost.
     pub async fn write_surely(&self, change: &Change) -> Result<(), LeaseError> {
         let mut backoff = Backoff::seeded(RETRY_FIRST, RETRY_LIMIT, self.seed);
+        let mut failed = false;
         loop {
             match self.write(change).await {
                 Err(error) if self.is_valid() => {
-                    tracing::warn!("{error}; trying again while the lease is ours");
+                    if !std::mem::replace(&mut failed, true) {
+                        tracing::warn!("{error}; trying again while the lease is ours");
+                    }
                     tokio::time::sleep(backoff.next_wait()).await;
                 }
-                Err(error @ LeaseError::Table { .. }) => {
+                Err(error @ (LeaseError::Table { .. } | LeaseError::NoTable { .. })) => {
                     tracing::warn!("{error}; the lease may be another worker's by now");
                     self.lost.cancel();
                     let shard = self.lease.lock().await.shard.clone();
@@ -239,6 +253,10 @@ impl<S: LeaseStore> HeldLease<S> {
                     );
                     self.lost.cancel();
                     return;
+                }
+                plan::Renewal::Due if self.letting_go.load(Ordering::Acquire) => {
+                    sleep_until(self.valid_until()).await;
+                    continue;
                 }
                 plan::Renewal::Due => {}
             }
@@ -297,54 +315,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        aws::{AwsError, AwsErrorKind},
-        checkpoint::Checkpoint,
-        lease::MemoryTable,
-        shard::{Shard, ShardId},
-    };
+    use crate::{checkpoint::Checkpoint, lease::deaf::Deaf, shard::Shard};
 
-    /// A table whose next answer gets lost after the write.
-    #[derive(Clone, Default)]
-    struct Deaf(MemoryTable, Arc<AtomicBool>);
-
-    impl LeaseStore for Deaf {
-        fn name(&self) -> &str {
-            "deaf"
-        }
-
-        async fn scan(&self) -> Result<Vec<Lease>, LeaseError> {
-            self.0.scan().await
-        }
-
-        async fn get(&self, shard: &ShardId) -> Result<Option<Lease>, LeaseError> {
-            self.0.get(shard).await
-        }
-
-        async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
-            self.0.create(lease).await
-        }
-
-        async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
-            let written = self.0.update(seen, change).await;
-            if self.1.swap(false, Ordering::SeqCst) {
-                let source = AwsError::new("dynamodb:UpdateItem", AwsErrorKind::Unreachable, "");
-                return Err(LeaseError::Table { table: "deaf".into(), source });
-            }
-            written
-        }
-
-        async fn delete(&self, seen: &Lease) -> Result<(), LeaseError> {
-            self.0.delete(seen).await
-        }
-
-        async fn ring(&self, shard: &ShardId) -> Result<(), LeaseError> {
-            self.0.ring(shard).await
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn p4_a_renewal_whose_answer_got_lost_counts_from_when_it_was_sent() {
+    async fn taken_from(store: &Deaf) -> HeldLease<Deaf> {
         let shard = Shard {
             id: "a".into(),
             parents: vec![],
@@ -352,16 +325,50 @@ mod tests {
             closed: false,
             begins: None,
         };
-        let lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
-        let store = Deaf::default();
+        let mut lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
         store.create(&lease).await.expect("a lease");
         let take = Change::Take { worker: "me".into(), at: Timestamp::UNIX_EPOCH };
-        let taken = store.update(&lease, &take).await.expect("taken");
+        let taken = store.update(&mut lease, &take).await.expect("taken");
         let (now, duration) = (Instant::now(), Duration::from_secs(10));
-        let held = HeldLease::new(store.clone(), taken, now, now, duration, 1);
+        HeldLease::new(store.clone(), taken, now, now, duration, 1)
+    }
+
+    #[tokio::test]
+    async fn p4_writes_whose_answers_get_lost_one_after_the_other_do_not_cost_the_lease() {
+        let store = Deaf::default();
+        let held = taken_from(&store).await;
+        let checkpoint =
+            |number| Change::Checkpoint { checkpoint: Checkpoint::parse(number, 0).expect("one") };
+        for unheard in [Change::Renew, checkpoint("1"), Change::Renew, checkpoint("2")] {
+            store.lose_next_answer();
+            assert!(held.write(&unheard).await.is_err(), "written, but not heard of");
+        }
+        held.write(&Change::Renew).await.expect("still ours");
+        assert_eq!(held.lease().await, store.table.rows()[0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p6_a_release_whose_answer_got_lost_is_not_taken_for_a_loss_by_the_next_renewal() {
+        let children = ["b".into()].into();
+        for change in [Change::Release { checkpoint: None }, Change::End { children }] {
+            let store = Deaf::default();
+            let held = Arc::new(taken_from(&store).await);
+            let keeper = tokio::spawn(held.clone().keep());
+            store.lose_next_answer();
+            assert!(held.write(&change).await.is_err(), "written, but not heard of");
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            held.write(&change).await.expect("recognised as written");
+            keeper.abort();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p4_a_renewal_whose_answer_got_lost_counts_from_when_it_was_sent() {
+        let store = Deaf::default();
+        let held = taken_from(&store).await;
 
         tokio::time::advance(Duration::from_secs(4)).await;
-        store.1.store(true, Ordering::SeqCst);
+        store.lose_next_answer();
         assert!(held.write(&Change::Renew).await.is_err(), "written, but not heard of");
         tokio::time::advance(Duration::from_secs(3)).await;
         held.write(&Change::Renew).await.expect("recognised as written");

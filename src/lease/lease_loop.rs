@@ -20,8 +20,8 @@ use crate::shard::{Shard, ShardId};
 const LEFT_TO_OTHERS_FOR: Duration = Duration::from_secs(10);
 /// How many writes are under way at once.
 const CONCURRENT_WRITES: usize = 16;
-/// A worker that only watches the bell looks at the table this often all the same.
-const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+/// How long a worker leaves the creation of leases to another one that does it at the same time.
+const LEFT_TO_CREATOR_FOR: Duration = Duration::from_millis(300);
 
 /// How leases are taken and kept.
 #[derive(Debug, Clone)]
@@ -76,9 +76,12 @@ pub async fn create_missing<S: LeaseStore>(
             if looked_at.elapsed() > SNAPSHOT_GOOD_FOR {
                 break;
             }
-            if store.create(lease).await? {
-                tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
+            if !store.create(lease).await? {
+                // Another worker is at it. If all who start at once went on, each would write each lease.
+                tokio::time::sleep(LEFT_TO_CREATOR_FOR).await;
+                break;
             }
+            tracing::info!(shard = %lease.shard, start = %lease.checkpoint, "lease created");
         }
     }
 }
@@ -101,8 +104,8 @@ pub struct LeaseLoop<S> {
     settings: Settings,
     held: BTreeMap<ShardId, Arc<HeldLease<S>>>,
     asked: BTreeMap<ShardId, Instant>,
-    /// Of leases that were taken from a living reader, or may have been: when that one has stopped.
-    usable_from: BTreeMap<ShardId, Instant>,
+    /// The leases whose readers it may have overruled without hearing of it.
+    overruled: BTreeSet<ShardId>,
     /// Leases that were given up, and until when they are left to others.
     given_up: BTreeMap<ShardId, Instant>,
     /// Shards that are not taken again.
@@ -125,7 +128,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             settings,
             held: BTreeMap::new(),
             asked: BTreeMap::new(),
-            usable_from: BTreeMap::new(),
+            overruled: BTreeSet::new(),
             given_up: BTreeMap::new(),
             left: BTreeSet::new(),
             refuses: false,
@@ -173,7 +176,12 @@ impl<S: LeaseStore> LeaseLoop<S> {
     /// Whether every lease that could be taken was left: there is nothing more to do.
     pub fn all_left(&self) -> bool {
         let mut unfinished = self.snapshot.iter().filter(|lease| !lease.is_finished());
-        self.has_looked() && unfinished.all(|lease| self.left.contains(&lease.shard))
+        !self.left.is_empty() && unfinished.all(|lease| self.left.contains(&lease.shard))
+    }
+
+    /// Whether there is a free lease that this worker may take at one of its next looks.
+    pub fn may_take_more(&self) -> bool {
+        self.with_planner(|snapshot, _, planner| plan::may_take_more(snapshot, planner))
     }
 
     /// From now on takes no more leases than it has, or takes its share again.
@@ -201,7 +209,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
         listed: Option<(&[Shard], InitialPosition)>,
     ) -> Result<Looked<S>, LeaseError> {
         if let (Watch::Bell(row, interval), Some(looked_at)) = (self.watch.clone(), self.looked_at)
-            && looked_at.elapsed() < LOOK_AT_LEAST_EVERY
+            && looked_at.elapsed() < plan::look_at_least_every(&self.snapshot)
             && !self.bell_rings(&row).await?
         {
             let again_at = Instant::now() + interval;
@@ -216,13 +224,17 @@ impl<S: LeaseStore> LeaseLoop<S> {
         self.observed.see(&self.snapshot, now);
         self.given_up.retain(|_, until| now < *until);
         self.tell_unread(now);
+        let me = &self.settings.worker;
         self.asked.retain(|shard, _| {
-            self.snapshot.iter().any(|lease| {
-                lease.shard == *shard && lease.owner.as_deref() == Some(&self.settings.worker)
-            })
+            let mut snapshot = self.snapshot.iter();
+            snapshot.any(|lease| lease.shard == *shard && lease.owner.as_ref() == Some(me))
         });
-        for lease in &self.snapshot {
-            if lease.checkpoint_owner.as_deref() == Some(&self.settings.worker)
+        self.overruled.retain(|shard| self.asked.contains_key(shard));
+        for lease in self.snapshot.iter().filter(|lease| lease.checkpoint_owner.is_some()) {
+            if lease.owner.as_ref() == Some(me) {
+                // Also what we asked for before a restart: the reader has the time that it always has.
+                self.asked.entry(lease.shard.clone()).or_insert(now);
+            } else if lease.checkpoint_owner.as_ref() == Some(me)
                 && let Some(held) = self.held.get(&lease.shard)
             {
                 held.ask();
@@ -231,7 +243,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let actions = self.with_planner(|snapshot, observed, planner| {
             plan::plan(snapshot, observed, planner, now)
         });
-        let freed = actions.iter().any(|action| matches!(action, Action::Free(_)));
+        let ring = actions.iter().any(|action| matches!(action, Action::Free(_) | Action::Ring));
 
         let results: Vec<(Action, Instant, Result<Option<Lease>, LeaseError>)> =
             stream::iter(actions)
@@ -244,28 +256,41 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 .collect()
                 .await;
         self.looked_at = Some(now);
-        // The old reader learns of a forced hand-over at its next renewal at the latest. The write may
-        // have landed although it failed here, so the wait is remembered with the shard.
-        let lease_duration = self.settings.lease_duration;
-        for (action, _, _) in &results {
-            if let Action::Force(lease) = action {
-                self.usable_from.insert(lease.shard.clone(), Instant::now() + lease_duration);
-            }
-        }
-        self.usable_from.retain(|_, from| Instant::now() < *from);
         let mut taken = Vec::new();
         let mut failed = None;
+        let mut outrun = false;
         for (action, began, result) in results {
             match (action, result) {
-                (Action::Take(_) | Action::Force(_), Ok(Some(lease))) => {
-                    taken.push(self.hold(lease, began));
+                (action, Ok(Some(lease))) => {
+                    let row = self.snapshot.iter_mut().find(|row| row.shard == lease.shard);
+                    row.into_iter().for_each(|row| *row = lease.clone());
+                    match action {
+                        Action::Take(_) | Action::Force(_) => {
+                            // The reader that was overruled may go on until its lease would have run out.
+                            let overruled = matches!(action, Action::Force(_))
+                                || self.overruled.remove(&lease.shard);
+                            let wait = match overruled {
+                                true => self.settings.lease_duration,
+                                false => Duration::ZERO,
+                            };
+                            taken.push(self.hold(lease, began, Instant::now() + wait));
+                        }
+                        Action::Ask(_) => {
+                            self.asked.insert(lease.shard, now);
+                        }
+                        _ => {}
+                    }
                 }
-                (Action::Ask(_), Ok(Some(lease))) => {
-                    self.asked.insert(lease.shard, now);
+                (Action::Delete(lease), Ok(None)) => {
+                    self.snapshot.retain(|row| row.shard != lease.shard);
                 }
-                // Another worker was faster.
-                (_, Ok(_) | Err(LeaseError::Lost { .. } | LeaseError::Gone { .. })) => {}
+                (action, Ok(None) | Err(LeaseError::Lost { .. } | LeaseError::Gone { .. })) => {
+                    outrun |= matches!(action, Action::Take(_));
+                }
                 (action, Err(error)) => {
+                    if let Action::Force(lease) = &action {
+                        self.overruled.insert(lease.shard.clone());
+                    }
                     if let Action::Take(lease) | Action::Force(lease) | Action::Ask(lease) = action
                     {
                         // It may have been written all the same: then the row will name us.
@@ -275,10 +300,18 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 }
             }
         }
-        if freed {
+        if ring {
             failed = failed.or(self.ring().await.err());
         }
-        self.watch = self.with_planner(|snapshot, _, planner| plan::watch(snapshot, planner));
+        let now = Instant::now();
+        self.observed.see(&self.snapshot, now);
+        self.watch = match outrun && self.held.is_empty() {
+            // Of several workers that start together, each is to be seen before any takes its share.
+            true => Watch::Table(Duration::ZERO),
+            false => self.with_planner(|snapshot, observed, planner| {
+                plan::watch(snapshot, observed, planner, now)
+            }),
+        };
         let (Watch::Table(interval) | Watch::Bell(_, interval)) = &self.watch;
         Ok(Looked { taken, again_at: Instant::now() + *interval, error: failed })
     }
@@ -315,10 +348,9 @@ impl<S: LeaseStore> LeaseLoop<S> {
         plan(&self.snapshot, &self.observed, &planner)
     }
 
-    fn hold(&mut self, lease: Lease, taken_at: Instant) -> Arc<HeldLease<S>> {
+    fn hold(&mut self, lease: Lease, taken_at: Instant, usable_from: Instant) -> Arc<HeldLease<S>> {
         let shard = lease.shard.clone();
         self.asked.remove(&shard);
-        let usable_from = self.usable_from.remove(&shard).unwrap_or(taken_at);
         let Settings { lease_duration, seed, .. } = self.settings;
         let store = self.store.clone();
         let held = HeldLease::new(store, lease, taken_at, usable_from, lease_duration, seed);
@@ -332,7 +364,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
         match action {
             Action::Take(lease) | Action::Force(lease) => {
                 let take = Change::Take { worker: worker(), at: (self.settings.wall_clock)() };
-                let taken = self.store.update(lease, &take).await?;
+                let taken = self.store.update(&mut lease.clone(), &take).await?;
                 tracing::info!(
                     shard = %taken.shard, counter = taken.counter, checkpoint = %taken.checkpoint,
                     from = lease.reader().unwrap_or("nobody"), "lease taken"
@@ -340,7 +372,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 Ok(Some(taken))
             }
             Action::Ask(lease) => {
-                let asked = self.store.update(lease, &Change::Ask { worker: worker() }).await?;
+                let asked = self
+                    .store
+                    .update(&mut lease.clone(), &Change::Ask { worker: worker() })
+                    .await?;
                 tracing::info!(
                     shard = %asked.shard, reader = asked.reader().unwrap_or("nobody"),
                     "asked for a lease, to balance the load"
@@ -352,11 +387,14 @@ impl<S: LeaseStore> LeaseLoop<S> {
                     shard = %lease.shard, reader = lease.reader().unwrap_or("nobody"),
                     "lease taken from a worker that does not renew it, for another one"
                 );
-                self.store.update(lease, &Change::Free).await.map(Some)
+                self.store.update(&mut lease.clone(), &Change::Free).await.map(Some)
             }
-            Action::LetGo(lease) => {
-                self.store.update(lease, &Change::Release { checkpoint: None }).await.map(Some)
-            }
+            Action::LetGo(lease) => self
+                .store
+                .update(&mut lease.clone(), &Change::Release { checkpoint: None })
+                .await
+                .map(Some),
+            Action::Ring => Ok(None), // After the other writes.
             Action::Delete(lease) => {
                 tracing::info!(shard = %lease.shard, "finished lease deleted");
                 self.store.delete(lease).await.map(|()| None)
@@ -383,5 +421,89 @@ impl<S: LeaseStore> LeaseLoop<S> {
             Some(row) => self.store.ring(row).await,
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::Checkpoint,
+        lease::{MemoryTable, deaf::Deaf},
+    };
+
+    fn settings(worker: &str) -> Settings {
+        Settings {
+            worker: worker.to_owned(),
+            max_leases: usize::MAX,
+            lease_duration: Duration::from_secs(10),
+            hand_over_limit: Duration::from_secs(30),
+            finished_kept_for: FINISHED_KEPT_FOR,
+            seed: 1,
+            wall_clock: || Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    /// A table with one lease that `reader` has and `asker` asked for.
+    async fn asked() -> (MemoryTable, Lease) {
+        let shard = Shard {
+            id: "1".into(),
+            parents: Vec::new(),
+            hash_key_range: None,
+            closed: false,
+            begins: None,
+        };
+        let table = MemoryTable::default();
+        let mut lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
+        table.create(&lease).await.expect("a lease");
+        for change in [
+            Change::Take { worker: "reader".into(), at: Timestamp::UNIX_EPOCH },
+            Change::Ask { worker: "asker".into() },
+        ] {
+            lease = table.update(&mut lease, &change).await.expect("written");
+        }
+        (table, lease)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p1_what_was_asked_for_before_a_restart_is_taken_when_the_reader_lets_go() {
+        let (table, mut lease) = asked().await;
+        let mut asker = LeaseLoop::new(table.clone(), settings("asker"));
+        assert!(asker.look(None).await.expect("a look").taken.is_empty());
+        let release = Change::Release { checkpoint: None };
+        table.update(&mut lease, &release).await.expect("released");
+        assert_eq!(asker.look(None).await.expect("a look").taken.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p1_what_was_asked_for_before_a_restart_is_taken_from_a_reader_that_lives_but_does_not_let_go()
+     {
+        let (table, mut lease) = asked().await;
+        let mut asker = LeaseLoop::new(table.clone(), settings("asker"));
+        for _ in 0..31 {
+            assert!(asker.look(None).await.expect("a look").taken.is_empty());
+            lease = table.update(&mut lease, &Change::Renew).await.expect("renewed");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(asker.look(None).await.expect("a look").taken.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p4_a_reader_is_waited_for_although_the_answer_to_overruling_it_was_lost() {
+        let (table, mut lease) = asked().await;
+        let deaf = Deaf::new(table.clone());
+        let mut asker = LeaseLoop::new(deaf.clone(), settings("asker"));
+        for _ in 0..31 {
+            asker.look(None).await.expect("a look");
+            lease = table.update(&mut lease, &Change::Renew).await.expect("renewed");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        deaf.lose_next_answer();
+        let unheard = asker.look(None).await.expect("a look");
+        assert!(unheard.error.is_some() && unheard.taken.is_empty());
+        let taken = asker.look(None).await.expect("a look").taken;
+        let began = Instant::now();
+        taken[0].usable().await;
+        assert!(began.elapsed() >= settings("asker").lease_duration);
     }
 }

@@ -82,23 +82,22 @@ impl LeaseStore for MemoryTable {
         Ok(true)
     }
 
-    async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
+    async fn update(&self, seen: &mut Lease, change: &Change) -> Result<Lease, LeaseError> {
         let mut state = self.state();
-        let mut seen = seen.clone();
         loop {
             state.requests.writes += 1;
             let now = state.rows.get(&seen.shard).cloned();
-            if let Some(row) = now.as_ref().filter(|row| may_write(&seen, change, row)) {
+            if let Some(row) = now.as_ref().filter(|row| may_write(seen, change, row)) {
                 let written = row.after(change);
-                state.rows.insert(seen.shard, written.clone());
+                state.rows.insert(seen.shard.clone(), written.clone());
                 return Ok(written);
             }
-            match verdict(&seen, change, now) {
+            match verdict(seen, change, now) {
                 Verdict::Landed(lease) => return Ok(lease),
-                Verdict::WriteOver(lease) => seen = lease,
-                Verdict::Gone => return Err(LeaseError::Gone { shard: seen.shard }),
+                Verdict::WriteOver(lease) => *seen = lease,
+                Verdict::Gone => return Err(LeaseError::Gone { shard: seen.shard.clone() }),
                 Verdict::Lost { owner } => {
-                    return Err(LeaseError::Lost { shard: seen.shard, owner });
+                    return Err(LeaseError::Lost { shard: seen.shard.clone(), owner });
                 }
             }
         }

@@ -4,6 +4,8 @@
 //! stop and a Tramline fleet go on from its table, or the reverse. Every write carries the counter
 //! that it saw and raises it by one, so of two writers one is refused.
 
+#[cfg(test)]
+mod deaf;
 pub mod dynamodb;
 mod held;
 mod lease_loop;
@@ -269,9 +271,12 @@ pub trait LeaseStore: Clone + Send + Sync + 'static {
 
     /// Writes a change to a lease that was last seen as `seen`, and gives the lease as it is then.
     /// Refused with [`LeaseError::Lost`] if another worker wrote the lease since.
+    ///
+    /// `seen` moves on to what the row turns out to be while it is ours, also if the write then fails:
+    /// of two writes whose answers get lost, the second stands on the first.
     fn update(
         &self,
-        seen: &Lease,
+        seen: &mut Lease,
         change: &Change,
     ) -> impl Future<Output = Result<Lease, LeaseError>> + Send;
 
@@ -304,6 +309,11 @@ pub(crate) enum Verdict {
 /// read by the same worker and one further than we saw, an earlier write of ours got there and its
 /// answer did not. A worker that asks for the lease changes the owner but not the counter; only a
 /// release, which has to know the new owner, is refused for that.
+///
+/// Others may have written on top of what we wrote without hearing of it: the reader that we asked renews
+/// or lets go, and what we released is taken. Nobody but us makes us the owner of what another worker
+/// reads, and a release has got where it was to get if the lease is another worker's and the checkpoint
+/// not behind ours.
 pub(crate) fn verdict(seen: &Lease, change: &Change, now: Option<Lease>) -> Verdict {
     let wanted = seen.after(change);
     // A newer checkpoint than ours comes from another process under our name: it must not go back (P3).
@@ -313,8 +323,22 @@ pub(crate) fn verdict(seen: &Lease, change: &Change, now: Option<Lease>) -> Verd
         change,
         Change::Take { .. } | Change::Ask { .. } | Change::Free | Change::Reset { .. }
     );
+    let asked = |now: &Lease| {
+        matches!(change, Change::Ask { .. }) && now.owner == wanted.owner && now.owner != seen.owner
+    };
+    let released = |now: &Lease| {
+        matches!(change, Change::Release { .. })
+            && now.reader() != seen.reader()
+            && now.checkpoint >= wanted.checkpoint
+    };
     match now {
-        Some(now) if Lease { bell: wanted.bell, ..now.clone() } == wanted => Verdict::Landed(now),
+        Some(now)
+            if Lease { bell: wanted.bell, ..now.clone() } == wanted
+                || asked(&now)
+                || released(&now) =>
+        {
+            Verdict::Landed(now)
+        }
         Some(now)
             if writes_as_reader
                 && now.reader().is_some()
@@ -369,6 +393,15 @@ pub enum LeaseError {
         table: String,
         /// What DynamoDB said.
         source: AwsError,
+    },
+    /// There is no such table.
+    #[error(
+        "lease table {table} does not exist: it was deleted, or never made; a worker that starts makes \
+         it, and then every shard is read from the start position"
+    )]
+    NoTable {
+        /// The table.
+        table: String,
     },
     /// The leases are those of another stream.
     #[error(
@@ -489,6 +522,34 @@ mod tests {
         let taken_back = Some(lease(Some("me"), 6));
         let lost = Verdict::Lost { owner: Some("me".into()) };
         assert_eq!(judged(&seen, &Change::Renew, taken_back), lost, "lost in between");
+    }
+
+    #[test]
+    fn p6_an_ask_whose_answer_got_lost_is_known_again_whatever_the_reader_did_since() {
+        let read_by_a = lease(Some("a"), 4);
+        let ask = Change::Ask { worker: "b".into() };
+        let renewed = read_by_a.after(&ask).after(&Change::Renew);
+        assert_eq!(
+            judged(&read_by_a, &ask, Some(renewed.clone())),
+            Verdict::Landed(renewed.clone())
+        );
+        let let_go = renewed.after(&Change::Release { checkpoint: None });
+        assert_eq!(judged(&read_by_a, &ask, Some(let_go.clone())), Verdict::Landed(let_go));
+        let asked_by_another = read_by_a.after(&Change::Ask { worker: "c".into() });
+        let lost = Verdict::Lost { owner: Some("c".into()) };
+        assert_eq!(judged(&read_by_a, &ask, Some(asked_by_another)), lost);
+    }
+
+    #[test]
+    fn p6_a_release_whose_answer_got_lost_is_known_again_after_another_worker_took_the_lease() {
+        let at = |number| Checkpoint::parse(number, 0).expect("a checkpoint");
+        let take = Change::Take { worker: "b".into(), at: Timestamp::UNIX_EPOCH };
+        let seen = lease(Some("a"), 4);
+        let release = Change::Release { checkpoint: Some(at("7")) };
+        let taken = seen.after(&release).after(&take);
+        assert_eq!(judged(&seen, &release, Some(taken.clone())), Verdict::Landed(taken));
+        let lost = Verdict::Lost { owner: Some("b".into()) };
+        assert_eq!(judged(&seen, &release, Some(seen.after(&take))), lost, "7 is not stored");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     time::Duration,
 };
 
@@ -34,7 +35,14 @@ const UNREAD_AFTER: Duration = Duration::from_secs(10);
 const ALONE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the two workers that watch the table for all look at it, and the others at its bell.
 const WATCH_INTERVAL: Duration = Duration::from_millis(800);
-/// How often a worker that waits for a hand-over looks.
+/// So many rows are read at the price of one or two, for DynamoDB charges by 4 KiB and a row has some 400
+/// bytes: then every worker looks at the whole table.
+const SMALL_TABLE: usize = 10;
+/// A worker that watches the bell looks at the table this often all the same.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+/// In a large fleet that is more seldom: all workers together look this often.
+const FLEET_LOOKS_EVERY: Duration = Duration::from_secs(1);
+/// How often a worker looks that waits for leases.
 const WAITING_INTERVAL: Duration = Duration::from_millis(400);
 
 /// When each lease was last seen to move, by this worker's own clock.
@@ -51,6 +59,8 @@ struct Observed {
     since: Instant,
     /// Whether it moved since it was first seen.
     moved: bool,
+    /// If it is free, and was seen with a reader before: the last one.
+    left_by: Option<String>,
 }
 
 impl Observations {
@@ -71,7 +81,13 @@ impl Observations {
             return;
         }
         let moved = last.is_some();
-        self.0.insert(lease.shard.clone(), Observed { counter, reader, since: now, moved });
+        // The note tells of readers that came and went while we did not look.
+        let noted = || lease.note.as_ref().map(|note| note.reader.clone());
+        let left_by = last.filter(|_| reader.is_none()).and_then(|last| {
+            last.left_by.clone().or_else(|| last.reader.clone().map(|seen| noted().unwrap_or(seen)))
+        });
+        let seen = Observed { counter, reader, since: now, moved, left_by };
+        self.0.insert(lease.shard.clone(), seen);
     }
 
     /// How long a lease has not moved; zero if it was never seen.
@@ -98,7 +114,8 @@ pub struct Planner<'a> {
     pub worker: &'a str,
     /// The shards whose leases it holds.
     pub held: &'a BTreeSet<ShardId>,
-    /// The leases it has asked their readers for, and since when.
+    /// The leases it has asked their readers for, and since when: from before a restart, since its
+    /// first look.
     pub asked: &'a BTreeMap<ShardId, Instant>,
     /// Whether rows that name this worker, but that it does not hold, are its own from before a
     /// restart. Only true for its first look at the table.
@@ -132,6 +149,8 @@ pub enum Action {
     Ask(Lease),
     /// Take a lease from its dead reader for the worker that the plan gives it to.
     Free(Lease),
+    /// Tell the workers that only watch the bell of a free lease that falls to one of them.
+    Ring,
     /// Complete a hand-over that we were asked for before a restart: we do not read the shard.
     LetGo(Lease),
     /// Remove a finished lease that nobody needs any more.
@@ -145,13 +164,7 @@ pub fn plan(
     planner: &Planner<'_>,
     now: Instant,
 ) -> Vec<Action> {
-    let unfinished = unfinished(snapshot);
-    let startable: Vec<&Lease> = snapshot
-        .iter()
-        .filter(|lease| !lease.is_finished() && !lease.unreadable)
-        // A parent without a lease is finished and forgotten, or expired: it blocks nobody (P5).
-        .filter(|lease| lease.parents.iter().all(|parent| !unfinished.contains(parent)))
-        .collect();
+    let startable = startable(snapshot);
     let mut actions = Vec::new();
     let mut left_over = Vec::new();
     for lease in &startable {
@@ -169,6 +182,9 @@ pub fn plan(
         }
     }
     actions.extend(share(&startable, &left_over, observed, planner, now));
+    if !watchers(snapshot).contains(&planner.worker) {
+        actions.retain(|action| *action != Action::Ring);
+    }
     let unmoved = |lease: &Lease| observed.unmoved_for(&lease.shard, now);
     actions.extend(
         snapshot
@@ -179,10 +195,7 @@ pub fn plan(
             .map(Action::Delete),
     );
     // What was ours before, and then what is: never more than allowed.
-    let mut room = match planner.refuses {
-        true => 0,
-        false => planner.max_leases.saturating_sub(planner.held.len() + planner.asked.len()),
-    };
+    let mut room = room(planner);
     actions.retain(|action| match action {
         Action::Take(lease) if planner.asked.contains_key(&lease.shard) => true,
         Action::Take(_) | Action::Ask(_) if room == 0 => false,
@@ -211,11 +224,12 @@ fn own_row(lease: &Lease, observed: &Observations, planner: &Planner<'_>, now: I
         // Asked before a restart, and not reading any more.
         Some(reader) if reader == planner.worker => Own::LetGo,
         Some(_) if owned => {
-            // After a restart the time counts from the first look.
-            let waited = planner.asked.get(&lease.shard).map_or(unmoved, |since| now - *since);
+            let too_long = planner.asked.get(&lease.shard).is_some_and(|since| {
+                now.saturating_duration_since(*since) > planner.hand_over_limit
+            });
             if unmoved > planner.lease_duration {
                 Own::Take
-            } else if waited > planner.hand_over_limit {
+            } else if too_long {
                 Own::Force
             } else {
                 Own::Wait
@@ -260,35 +274,66 @@ fn share(
             _ => {}
         }
     }
-    let targets = targets(&loads, startable.len());
+    // Who lets go of a lease, or does not renew it, is about to go, although others of its leases may not
+    // have expired yet: what is free is not for it.
+    for lease in &free {
+        let last_reader = match observed.0.get(&lease.shard) {
+            _ if lease.owner.is_some() => lease.reader(),
+            Some(seen) if now - seen.since <= LEFT_LYING_AFTER => seen.left_by.as_deref(),
+            _ => None,
+        };
+        if let Some(reader) = last_reader.filter(|reader| *reader != planner.worker) {
+            loads.remove(reader);
+        }
+    }
 
-    // Free leases first, then those that their owners have too many of, to the workers that have too
-    // few, in one fixed order: every worker that sees the same table divides it in the same way.
+    let (mut actions, mut ours) = (Vec::new(), Vec::new());
+    for (lease, worker) in divide(&free, &loads) {
+        let dead = lease.owner.is_some() && expired(lease);
+        let is_free = lease.owner.is_none() || dead || stray(lease);
+        let lying_since = if dead { planner.lease_duration } else { Duration::ZERO };
+        let left_lying =
+            is_free && observed.unmoved_for(&lease.shard, now) > lying_since + LEFT_LYING_AFTER;
+        if worker == planner.worker || left_lying {
+            let lease = lease.clone();
+            ours.push(if is_free { Action::Take(lease) } else { Action::Ask(lease) });
+        } else if dead {
+            actions.push(Action::Free(lease.clone()));
+        } else if lease.owner.is_none() && !actions.contains(&Action::Ring) {
+            actions.push(Action::Ring);
+        }
+    }
+    // Nobody counts a worker that has nothing. So it takes one lease, each worker another one, and its
+    // share when the others can see it: of several that start together, the first would take everything,
+    // and hand it over again.
+    if loads[planner.worker].is_empty() && !ours.is_empty() {
+        let mut hasher = DefaultHasher::new();
+        planner.worker.hash(&mut hasher);
+        let n = hasher.finish() % ours.len() as u64;
+        ours = vec![ours.swap_remove(n as usize)];
+    }
+    actions.extend(ours);
+    actions
+}
+
+/// Divides leases among workers: the free ones first, then those that their owners have too many of, to
+/// the workers that have too few, in one fixed order: every worker that sees the same table divides it in
+/// the same way.
+fn divide<'a>(
+    free: &[&'a Lease],
+    loads: &BTreeMap<&'a str, Vec<&'a Lease>>,
+) -> Vec<(&'a Lease, &'a str)> {
+    let targets = targets(loads, free.len() + loads.values().map(Vec::len).sum::<usize>());
     let surplus = loads.iter().flat_map(|(worker, leases)| {
         let movable: Vec<&Lease> =
             leases.iter().copied().filter(|lease| lease.checkpoint_owner.is_none()).collect();
         let too_many = leases.len().saturating_sub(targets[worker]);
         movable.into_iter().rev().take(too_many)
     });
-    let offers = free.iter().copied().chain(surplus);
     let wants = loads.iter().flat_map(|(worker, leases)| {
         std::iter::repeat_n(*worker, targets[worker].saturating_sub(leases.len()))
     });
-    let mut actions = Vec::new();
-    for (lease, worker) in offers.zip(wants) {
-        let dead = lease.owner.is_some() && expired(lease);
-        let is_free = lease.owner.is_none() || dead || stray(lease);
-        let left_lying = is_free
-            && observed.unmoved_for(&lease.shard, now)
-                > if dead { planner.lease_duration + LEFT_LYING_AFTER } else { LEFT_LYING_AFTER };
-        if worker == planner.worker || left_lying {
-            let lease = lease.clone();
-            actions.push(if is_free { Action::Take(lease) } else { Action::Ask(lease) });
-        } else if dead {
-            actions.push(Action::Free(lease.clone()));
-        }
-    }
-    actions
+    free.iter().copied().chain(surplus).zip(wants).collect()
 }
 
 /// How many leases each worker ought to have: counts differ by at most one, and those who have most
@@ -305,8 +350,34 @@ fn targets<'a>(loads: &BTreeMap<&'a str, Vec<&Lease>>, leases: usize) -> BTreeMa
         .collect()
 }
 
-fn unfinished(snapshot: &[Lease]) -> BTreeSet<&ShardId> {
-    snapshot.iter().filter(|lease| !lease.is_finished()).map(|lease| &lease.shard).collect()
+/// The leases whose shards may be read.
+fn startable(snapshot: &[Lease]) -> Vec<&Lease> {
+    let unfinished: BTreeSet<&ShardId> =
+        snapshot.iter().filter(|lease| !lease.is_finished()).map(|lease| &lease.shard).collect();
+    snapshot
+        .iter()
+        .filter(|lease| !lease.is_finished() && !lease.unreadable)
+        // A parent without a lease is finished and forgotten, or expired: it blocks nobody (P5).
+        .filter(|lease| lease.parents.iter().all(|parent| !unfinished.contains(parent)))
+        .collect()
+}
+
+/// Whether there is a free lease that could be read, and that the worker may take.
+pub fn may_take_more(snapshot: &[Lease], planner: &Planner<'_>) -> bool {
+    room(planner) > 0
+        && startable(snapshot).iter().any(|lease| {
+            lease.owner.is_none()
+                && !planner.held.contains(&lease.shard)
+                && !planner.left.contains(&lease.shard)
+        })
+}
+
+/// How many leases more the worker may take.
+fn room(planner: &Planner<'_>) -> usize {
+    match planner.refuses {
+        true => 0,
+        false => planner.max_leases.saturating_sub(planner.held.len() + planner.asked.len()),
+    }
 }
 
 /// Whether a lease is finished and no longer needed: its children are known and under way, and none of
@@ -330,11 +401,9 @@ pub fn left_unread<'a>(
     observed: &Observations,
     now: Instant,
 ) -> Vec<&'a Lease> {
-    let unfinished = unfinished(snapshot);
-    snapshot
-        .iter()
-        .filter(|lease| !lease.is_finished() && !lease.unreadable && lease.owner.is_none())
-        .filter(|lease| lease.parents.iter().all(|parent| !unfinished.contains(parent)))
+    startable(snapshot)
+        .into_iter()
+        .filter(|lease| lease.owner.is_none())
         .filter(|lease| observed.unmoved_for(&lease.shard, now) > UNREAD_AFTER)
         .collect()
 }
@@ -359,17 +428,54 @@ pub enum Watch {
     Bell(ShardId, Duration),
 }
 
-/// How to watch, given the last snapshot.
+/// How to watch, given the last snapshot and what this worker wrote since.
 ///
 /// If every worker scanned, reads would grow with workers times shards. So only the readers of the
-/// first two leases scan, by whoever holds them; the others read one row.
-pub fn watch(snapshot: &[Lease], planner: &Planner<'_>) -> Watch {
-    if !planner.asked.is_empty() {
-        return Watch::Table(WAITING_INTERVAL);
+/// first two leases scan, by whoever holds them; the others read one row. But a worker that sees
+/// something to do, or soon to be done, goes on to look itself: the two may not know that it is there,
+/// nor for how long a lease was not renewed.
+pub fn watch(
+    snapshot: &[Lease],
+    observed: &Observations,
+    planner: &Planner<'_>,
+    now: Instant,
+) -> Watch {
+    let waits = !planner.asked.is_empty()
+        || room(planner) > 0 && !plan(snapshot, observed, planner, now).is_empty();
+    // Until long after it would have been taken.
+    let dying = |lease: &&Lease| {
+        let unmoved = observed.unmoved_for(&lease.shard, now);
+        lease.owner.is_some()
+            && misses_renewal(unmoved, planner.lease_duration)
+            && unmoved < planner.lease_duration + UNREAD_AFTER
+    };
+    let watchers = watchers(snapshot);
+    match (bell_row(snapshot), watchers.as_slice()) {
+        _ if waits => Watch::Table(WAITING_INTERVAL),
+        (_, [only]) if *only == planner.worker => Watch::Table(ALONE_INTERVAL),
+        (Some(row), [_, _])
+            if snapshot.len() > SMALL_TABLE && !watchers.contains(&planner.worker) =>
+        {
+            match startable(snapshot).iter().any(dying) {
+                true => Watch::Table(WATCH_INTERVAL),
+                false => Watch::Bell(row.clone(), WATCH_INTERVAL),
+            }
+        }
+        _ => Watch::Table(WATCH_INTERVAL),
     }
-    let readers = snapshot.iter().filter(|lease| !lease.is_finished()).filter_map(Lease::reader);
+}
+
+/// How often a worker that watches the bell looks at the table although the bell was not rung.
+pub fn look_at_least_every(snapshot: &[Lease]) -> Duration {
+    let readers: BTreeSet<&str> = snapshot.iter().filter_map(Lease::reader).collect();
+    LOOK_AT_LEAST_EVERY.max(FLEET_LOOKS_EVERY * readers.len() as u32)
+}
+
+/// The two workers that look at the table for all: the readers of the first leases.
+fn watchers(snapshot: &[Lease]) -> Vec<&str> {
     let mut watchers: Vec<&str> = Vec::new();
-    for reader in readers {
+    let unfinished = snapshot.iter().filter(|lease| !lease.is_finished());
+    for reader in unfinished.filter_map(Lease::reader) {
         if !watchers.contains(&reader) {
             watchers.push(reader);
         }
@@ -377,14 +483,7 @@ pub fn watch(snapshot: &[Lease], planner: &Planner<'_>) -> Watch {
             break;
         }
     }
-    match (bell_row(snapshot), watchers.as_slice()) {
-        (_, []) => Watch::Table(WATCH_INTERVAL),
-        (_, [only]) if *only == planner.worker => Watch::Table(ALONE_INTERVAL),
-        (Some(row), [_, _]) if !watchers.contains(&planner.worker) => {
-            Watch::Bell(row.clone(), WATCH_INTERVAL)
-        }
-        _ => Watch::Table(WATCH_INTERVAL),
-    }
+    watchers
 }
 
 /// The row whose bell is rung: that of the first shard that is not finished.
@@ -404,8 +503,12 @@ pub fn bell_rings(
             || now.owner != last.owner
             || now.checkpoint_owner != last.checkpoint_owner
             || now.is_finished()
-            || unmoved > lease_duration.mul_f64(RENEWAL_MISSED_AFTER)
+            || misses_renewal(unmoved, lease_duration)
     })
+}
+
+fn misses_renewal(unmoved: Duration, lease_duration: Duration) -> bool {
+    unmoved > lease_duration.mul_f64(RENEWAL_MISSED_AFTER)
 }
 
 /// What the time says about the renewal of a lease.
@@ -492,6 +595,25 @@ mod tests {
                 self.held = mine.map(|lease| lease.shard.clone()).collect();
             }
             self.observed.see(table, self.now);
+            let shown = |action: Action| match action {
+                Action::Take(lease) => format!("take {}", lease.shard),
+                Action::Force(lease) => format!("force {}", lease.shard),
+                Action::Ask(lease) => format!("ask {}", lease.shard),
+                Action::Free(lease) => format!("free {}", lease.shard),
+                Action::Ring => "ring".to_owned(),
+                Action::LetGo(lease) => format!("let go {}", lease.shard),
+                Action::Delete(lease) => format!("delete {}", lease.shard),
+            };
+            self.with_planner(|observed, planner, now| plan(table, observed, planner, now))
+                .into_iter()
+                .map(shown)
+                .collect()
+        }
+
+        fn with_planner<T>(
+            &self,
+            ask: impl FnOnce(&Observations, &Planner<'_>, Instant) -> T,
+        ) -> T {
             let planner = Planner {
                 worker: "me",
                 held: &self.held,
@@ -505,15 +627,7 @@ mod tests {
                 hand_over_limit: LIMIT,
                 finished_kept_for: KEPT,
             };
-            let shown = |action: Action| match action {
-                Action::Take(lease) => format!("take {}", lease.shard),
-                Action::Force(lease) => format!("force {}", lease.shard),
-                Action::Ask(lease) => format!("ask {}", lease.shard),
-                Action::Free(lease) => format!("free {}", lease.shard),
-                Action::LetGo(lease) => format!("let go {}", lease.shard),
-                Action::Delete(lease) => format!("delete {}", lease.shard),
-            };
-            plan(table, &self.observed, &planner, self.now).into_iter().map(shown).collect()
+            ask(&self.observed, &planner, self.now)
         }
     }
 
@@ -561,21 +675,8 @@ mod tests {
         me.observed.see(&table, me.now);
         me.adopt = false;
         // Not its first look: another process runs under its name, and keeps what it has.
-        let held = BTreeSet::new();
-        let planner = Planner {
-            worker: "me",
-            held: &held,
-            asked: &me.asked,
-            adopt: false,
-            max_leases: usize::MAX,
-            refuses: false,
-            given_up: &me.given_up,
-            left: &BTreeSet::new(),
-            lease_duration: DURATION,
-            hand_over_limit: LIMIT,
-            finished_kept_for: KEPT,
-        };
-        assert!(plan(&table, &me.observed, &planner, me.now).is_empty());
+        let plans = me.with_planner(|observed, planner, now| plan(&table, observed, planner, now));
+        assert!(plans.is_empty());
     }
 
     #[test]
@@ -596,9 +697,22 @@ mod tests {
 
     #[test]
     fn a_worker_that_joins_asks_for_its_share_and_no_more() {
-        assert_eq!(Me::new().plans(&owned(&["a", "a", "a", "a"])), ["ask 3", "ask 2"]);
-        assert_eq!(Me::new().plans(&owned(&["a", "a", "b", "b", "b"])), ["ask 4"]);
+        let mut me = Me::new();
+        let mut table = owned(&["a", "a", "a", "a", "b", "b", "b", "b"]);
+        let first = me.plans(&table);
+        assert_eq!(first.len(), 1, "the others are to see it first: {first:?}");
+        table[3] = table[3].after(&super::super::Change::Ask { worker: "me".into() });
+        me.asked.insert("3".into(), me.now);
+        assert_eq!(me.plans(&table), ["ask 7"]);
         assert!(Me::new().plans(&owned(&["a", "b"])).is_empty(), "a stand-by moves nothing");
+    }
+
+    #[test]
+    fn of_workers_that_start_together_none_takes_everything() {
+        let table = owned(&["", "", "", "", "", ""]);
+        let taken = Me::new().plans(&table);
+        assert_eq!(taken.len(), 1, "{taken:?}");
+        assert_eq!(Me::new().plans(&owned(&["me", "a", "b", "", "", ""])), ["ring", "take 5"]);
     }
 
     #[test]
@@ -612,7 +726,7 @@ mod tests {
     fn every_worker_divides_the_free_leases_in_the_same_way() {
         // me has 1, other has 1, four are free: two each, and not the same ones.
         let table = owned(&["me", "other", "", "", "", ""]);
-        assert_eq!(Me::new().plans(&table), ["take 2", "take 3"]);
+        assert_eq!(Me::new().plans(&table), ["ring", "take 2", "take 3"]);
         let seen_by_other = owned(&["me", "other", "", "", "", ""])
             .into_iter()
             .map(|mut lease| {
@@ -621,14 +735,14 @@ mod tests {
                 lease
             })
             .collect::<Vec<_>>();
-        assert_eq!(Me::new().plans(&seen_by_other), ["take 4", "take 5"]);
+        assert_eq!(Me::new().plans(&seen_by_other), ["ring", "take 4", "take 5"]);
     }
 
     #[test]
     fn a_free_lease_that_the_worker_it_falls_to_leaves_lying_is_for_anyone() {
         let table = owned(&["a", "me", "me", ""]);
         let mut me = Me::new();
-        assert!(me.plans(&table).is_empty(), "it falls to a");
+        assert_eq!(me.plans(&table), ["ring"], "it falls to a");
         me.now += LEFT_LYING_AFTER + Duration::from_millis(1);
         // a is alive, or its own lease would be expired; it may hold no more than it does.
         assert_eq!(me.plans(&table), ["take 3"]);
@@ -642,6 +756,19 @@ mod tests {
         me.now += DURATION + Duration::from_millis(1);
         table[0].counter += 1;
         assert_eq!(me.plans(&table), ["free 1", "take 2"]);
+    }
+
+    #[test]
+    fn what_a_dying_worker_leaves_is_not_for_it_although_its_other_leases_have_not_expired() {
+        let mut me = Me::new();
+        let mut table = owned(&["dead", "dead", "a", "a", "me"]);
+        me.plans(&table);
+        me.now += Duration::from_secs(60);
+        // Meanwhile it renewed one for the last time; the other one is free already.
+        table.iter_mut().for_each(|lease| lease.counter += 1);
+        table[0] = table[0].after(&super::super::Change::Free);
+        assert_eq!(me.plans(&table), ["take 0"]);
+        assert_eq!(Me::new().plans(&table), [""; 0], "who did not see it go cannot know");
     }
 
     #[test]
@@ -766,33 +893,62 @@ mod tests {
         assert!(!unattended(&table, &observed, &held));
     }
 
+    impl Me {
+        /// How a worker watches `table` that holds the leases of its name.
+        fn watches(&mut self, table: &[Lease]) -> Watch {
+            self.plans(table);
+            self.with_planner(|observed, planner, now| watch(table, observed, planner, now))
+        }
+    }
+
     #[test]
     fn two_workers_watch_the_table_and_the_others_one_row() {
-        let watch_as = |owners: &[&str]| {
-            let asked = BTreeMap::new();
-            let held = BTreeSet::new();
-            let planner = Planner {
-                worker: "me",
-                held: &held,
-                asked: &asked,
-                adopt: false,
-                max_leases: usize::MAX,
-                refuses: false,
-                given_up: &asked,
-                left: &held,
-                lease_duration: DURATION,
-                hand_over_limit: LIMIT,
-                finished_kept_for: KEPT,
-            };
-            watch(&owned(owners), &planner)
-        };
+        let watches = |owners: &[&str]| Me::new().watches(&owned(owners));
         let table = Watch::Table(WATCH_INTERVAL);
-        assert_eq!(watch_as(&["me", "me"]), Watch::Table(ALONE_INTERVAL));
-        assert_eq!(watch_as(&["me", "a"]), table);
-        assert_eq!(watch_as(&["a", "a", "me", "b"]), table);
-        assert_eq!(watch_as(&["a", "a", "b", "me"]), Watch::Bell("0".into(), WATCH_INTERVAL));
-        assert_eq!(watch_as(&["a", "a"]), table, "a stand-by beside a lone worker");
-        assert_eq!(watch_as(&["", ""]), table);
+        let others = ["c", "d", "e", "f", "g", "h", "i", "j"];
+        let with_others = |owners: &[&'static str]| [owners, &others].concat();
+        assert_eq!(watches(&["me", "me"]), Watch::Table(ALONE_INTERVAL));
+        assert_eq!(watches(&with_others(&["me", "a"])), table);
+        assert_eq!(watches(&with_others(&["a", "a", "me", "b"])), table);
+        let bell = Watch::Bell("0".into(), WATCH_INTERVAL);
+        assert_eq!(watches(&with_others(&["a", "b", "me"])), bell);
+        assert_eq!(watches(&["a", "b", "me"]), table, "a small table costs no more than one row");
+        assert_eq!(watches(&["a"]), table, "a stand-by beside a lone worker");
+    }
+
+    #[test]
+    fn a_worker_watches_the_table_until_it_has_its_share_and_nobody_is_dying() {
+        let waiting = Watch::Table(WAITING_INTERVAL);
+        let bell = Watch::Bell("00".into(), WATCH_INTERVAL);
+        let mut table: Vec<Lease> = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "j", "me"]
+            .iter()
+            .enumerate()
+            .map(|(n, owner)| lease(&format!("{n:02}"), &[], Some(owner)))
+            .collect();
+        assert_eq!(Me::new().watches(&table), bell);
+        let mut without = table.clone();
+        without[11].owner = Some("i".into());
+        assert_eq!(Me::new().watches(&without), waiting, "another took what was its share");
+        let mut me = Me { max_leases: 0, ..Me::new() };
+        assert_eq!(me.watches(&without), bell, "it wants no share");
+
+        let mut me = Me::new();
+        me.watches(&table);
+        me.now += Duration::from_secs(6);
+        table[1..].iter_mut().for_each(|lease| lease.counter += 1);
+        assert_eq!(me.watches(&table), Watch::Table(WATCH_INTERVAL), "a missed a renewal");
+        table[0].counter += 1;
+        assert_eq!(me.watches(&table), bell);
+    }
+
+    #[test]
+    fn the_looks_that_each_worker_makes_now_and_then_do_not_grow_with_the_fleet() {
+        let fleet_of = |workers: usize| {
+            let names: Vec<String> = (0..workers).map(|n| format!("w{n}")).collect();
+            owned(&names.iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        assert_eq!(look_at_least_every(&fleet_of(4)), Duration::from_secs(60));
+        assert_eq!(look_at_least_every(&fleet_of(200)), Duration::from_secs(200));
     }
 
     #[test]

@@ -231,7 +231,7 @@ async fn write<S: LeaseStore>(
     let mut seen = seen.clone();
     let mut attempts = 1;
     loop {
-        match store.update(&seen, change).await {
+        match store.update(&mut seen, change).await {
             Err(LeaseError::Lost { .. }) if force && attempts < FORCED_ATTEMPTS => {
                 let now = store.get(&seen.shard).await?;
                 seen = now.ok_or(LeaseError::Gone { shard: seen.shard })?;
@@ -418,10 +418,8 @@ mod tests {
         let seen = vec![lease];
         let to = ResetTo::TrimHorizon;
         let rewrites = plan_reset(&resharded(), &seen, &only(&["1"]), &to, now()).expect("a plan");
-        store
-            .update(&seen[0], &Change::Take { worker: "w".into(), at: Timestamp::UNIX_EPOCH })
-            .await
-            .expect("taken");
+        let take = Change::Take { worker: "w".into(), at: Timestamp::UNIX_EPOCH };
+        store.update(&mut seen[0].clone(), &take).await.expect("taken");
         let refused = write_reset(&store, &seen, &rewrites, false).await;
         assert!(matches!(refused, Err(LeaseError::Lost { .. })), "{refused:?}");
         write_reset(&store, &seen, &rewrites, true).await.expect("forced");

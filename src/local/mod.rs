@@ -11,12 +11,12 @@ use std::{
 
 use aws_types::{SdkConfig, region::Region, service_config::LoadServiceConfig};
 use axum::{
-    body::Body,
+    body::{Body, to_bytes},
     extract::{DefaultBodyLimit, Request},
     http::StatusCode,
     middleware,
     middleware::Next,
-    response::IntoResponse as _,
+    response::{IntoResponse as _, Response},
 };
 use tokio::{net::TcpListener, task::JoinSet};
 
@@ -200,6 +200,9 @@ async fn start_dynamodb(
     Ok(url)
 }
 
+/// The most that the embedded S3 takes in one request: Tramline stores objects of up to 64 MiB.
+const OBJECT_LIMIT_BYTES: usize = 128 * 1024 * 1024;
+
 async fn start_s3(root: &Path, servers: &mut JoinSet<()>) -> Result<String, LocalError> {
     use hyper_util::{
         rt::{TokioExecutor, TokioIo},
@@ -216,19 +219,30 @@ async fn start_s3(root: &Path, servers: &mut JoinSet<()>) -> Result<String, Loca
         builder.build()
     };
     // The server compares an object's ETag, writes the object and writes its ETag in three steps. S3's
-    // conditional writes are one: so one request at a time.
+    // conditional writes are one: so one request at a time, to its end, also if who asked has gone, and
+    // with its answer read before the next one writes.
     let one_request = std::sync::Arc::new(tokio::sync::Mutex::new(()));
     let app = axum::Router::new().fallback(move |request: Request| {
         let (service, one_request) = (service.clone(), one_request.clone());
         async move {
-            let _turn = one_request.lock().await;
-            match service.call(request.map(s3s::Body::http_body_unsync)).await {
-                Ok(answer) => answer.map(Body::new),
-                Err(error) => {
-                    tracing::warn!("the embedded S3 failed: {error:?}");
-                    StatusCode::INTERNAL_SERVER_ERROR.into_response()
-                }
-            }
+            let (head, body) = request.into_parts();
+            let Ok(body) = to_bytes(body, OBJECT_LIMIT_BYTES).await else {
+                return StatusCode::BAD_REQUEST.into_response();
+            };
+            let served = tokio::spawn(async move {
+                let _turn = one_request.lock().await;
+                let request = Request::from_parts(head, Body::from(body));
+                let answer = service.call(request.map(s3s::Body::http_body_unsync)).await;
+                let (head, body) = answer.map_err(|error| format!("{error:?}"))?.into_parts();
+                let body = to_bytes(Body::new(body), OBJECT_LIMIT_BYTES).await;
+                let body = body.map_err(|error| error.to_string())?;
+                Ok::<_, String>(Response::from_parts(head, Body::from(body)))
+            });
+            let answer = served.await.map_err(|error| error.to_string()).flatten();
+            answer.unwrap_or_else(|error| {
+                tracing::warn!("the embedded S3 failed: {error}");
+                StatusCode::INTERNAL_SERVER_ERROR.into_response()
+            })
         }
     });
     let (listener, url) = listen("S3").await?;

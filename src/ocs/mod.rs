@@ -34,6 +34,7 @@ mod service_day;
 
 pub use batch::{BATCH_EVENT_TYPE, BatchMessage, is_raw_message_batch};
 pub use car::{Car, Cars};
+pub(crate) use event::EventMiddle;
 pub use event::{EVENT_TYPE, Event, EventSource, event_time, is_raw_message};
 pub use fields::{Fields, OcsError};
 pub use frame::{EOT, Frame, Framer};

@@ -31,7 +31,7 @@ use super::{
     spool::{LaneId, LaneInfo, Left, SpoolError, Store},
 };
 use crate::{
-    aws::{self, AwsError, AwsErrorKind},
+    aws::{self, AwsError, AwsErrorKind, Reconnecting},
     ocs::EventSource,
     shard::Shard,
 };
@@ -60,7 +60,7 @@ const OPERATION: &str = "kinesis:PutRecords";
 /// The stream in Kinesis.
 #[derive(Debug, Clone)]
 pub(super) struct Kinesis {
-    client: Client,
+    client: Arc<Reconnecting<Client>>,
     stream: String,
 }
 
@@ -71,7 +71,8 @@ impl Kinesis {
             // What to put again, and when, depends on the record: it is decided in one place.
             .retry_config(RetryConfig::disabled())
             .build();
-        Self { client: Client::from_conf(config), stream: stream.to_owned() }
+        let client = Reconnecting::new(move || Client::from_conf(config.clone()));
+        Self { client: Arc::new(client), stream: stream.to_owned() }
     }
 }
 
@@ -90,12 +91,13 @@ impl PutRecords for Kinesis {
         });
         let put = self
             .client
+            .get()
             .put_records()
             .stream_name(&self.stream)
             .set_records(Some(entries.collect()))
             .send()
             .await
-            .map_err(|error| aws::failure(OPERATION, error))?;
+            .map_err(|error| self.client.failure(OPERATION, error))?;
         if put.records.len() != count {
             return Err(AwsError::new(
                 OPERATION,

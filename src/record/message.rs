@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::ShardName;
 use crate::{
     checkpoint::Position,
-    ocs::{OcsError, OcsMessage},
+    ocs::{EventMiddle, OcsError, OcsMessage},
     shard::{SequenceNumber, ShardId},
 };
 
@@ -20,8 +20,10 @@ use crate::{
 pub struct Message {
     pub(super) origin: Arc<Origin>,
     pub(super) sub_sequence_number: u64,
-    /// The event's JSON, within the payload.
-    pub(super) event: Range<usize>,
+    pub(super) user_record: Option<u64>,
+    /// That of its user record; `None` if it is the origin's.
+    pub(super) partition_key: Option<Text>,
+    pub(super) event: EventJson,
     pub(super) raw: Text,
     pub(super) raw_base64: Option<Text>,
     pub(super) id: Text,
@@ -29,7 +31,7 @@ pub struct Message {
     pub(super) source: Text,
 }
 
-/// What the messages of one record have in common.
+/// What the messages of one record, or of one gzip stream in it, have in common.
 #[derive(Debug)]
 pub(super) struct Origin {
     pub shard: Arc<ShardName>,
@@ -39,11 +41,27 @@ pub(super) struct Origin {
     pub payload: Bytes,
 }
 
+/// A place in a payload.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Span {
+    start: u32,
+    end: u32,
+}
+
 /// A text of an event: in place where the JSON has it unescaped, else a copy.
 #[derive(Debug, Clone)]
 pub(super) enum Text {
-    InPlace(Range<usize>),
-    Unescaped(Box<str>),
+    InPlace(Span),
+    Copied(Box<str>),
+}
+
+/// The CloudEvent of a message.
+#[derive(Clone)]
+pub(super) enum EventJson {
+    /// It stands in the payload.
+    InPlace(Span),
+    /// The message came in a batch, and this is what it shares with the others.
+    OfBatch(Arc<EventMiddle>),
 }
 
 impl Message {
@@ -109,19 +127,34 @@ impl Message {
             #[serde(borrow)]
             sourceip: Cow<'a, str>,
         }
-        let event: SourceIp = serde_json::from_str(self.event_json()).ok()?;
-        Some(event.sourceip).filter(|ip| !ip.is_empty())
+        let ip = match self.event_json() {
+            Cow::Borrowed(json) => serde_json::from_str::<SourceIp>(json).ok()?.sourceip,
+            Cow::Owned(json) => {
+                let event: SourceIp = serde_json::from_str(&json).ok()?;
+                Cow::Owned(event.sourceip.into_owned())
+            }
+        };
+        Some(ip).filter(|ip| !ip.is_empty())
     }
 
-    /// The partition key of its record, which names the OCS connection.
+    /// The partition key, which names the OCS connection: that of its record, or within a KPL aggregate
+    /// that of its user record.
     pub fn partition_key(&self) -> &str {
-        &self.origin.partition_key
+        self.partition_key.as_ref().map_or(&self.origin.partition_key, |key| self.text(key))
     }
 
-    /// The CloudEvent as it stands in the record, in JSON.
-    pub fn event_json(&self) -> &str {
-        // The payload was checked to be UTF-8 when it was unpacked.
-        str::from_utf8(&self.origin.payload[self.event.clone()]).unwrap_or_default()
+    /// The CloudEvent in JSON: as it stands in the record, or put together for a message that came in a
+    /// batch.
+    pub fn event_json(&self) -> Cow<'_, str> {
+        match &self.event {
+            EventJson::InPlace(span) => Cow::Borrowed(self.origin.text(*span)),
+            EventJson::OfBatch(middle) => {
+                let raw_base64 = self.raw_base64.as_ref().map(|kept| self.text(kept));
+                let json = middle.event(self.raw(), raw_base64, self.id(), self.time_text());
+                // It is made of texts.
+                Cow::Owned(String::from_utf8(json).unwrap_or_default())
+            }
+        }
     }
 
     /// The stream that it was read from.
@@ -141,7 +174,10 @@ impl Message {
 
     /// What is finished when this message and those before it are: its record, or its user record.
     pub(crate) fn position(&self) -> Position {
-        Position { sequence_number: self.sequence_number().clone(), sub_sequence_number: 0 }
+        Position {
+            sequence_number: self.sequence_number().clone(),
+            sub_sequence_number: self.user_record.unwrap_or(0),
+        }
     }
 
     /// Its place among the messages of its record, from 0. With the shard and the sequence number it
@@ -150,19 +186,69 @@ impl Message {
         self.sub_sequence_number
     }
 
+    /// The place of its user record in a KPL aggregate, from 0; `None` if its record is no aggregate. The
+    /// KCL calls this the sub-sequence number and checkpoints by it, with 0 for a record that is no
+    /// aggregate; a user record may hold several messages.
+    pub fn user_record(&self) -> Option<u64> {
+        self.user_record
+    }
+
     /// When Kinesis received the record; some servers do not say.
     pub fn arrived_at(&self) -> Option<Timestamp> {
         self.origin.arrived_at
     }
 
     fn text<'a>(&'a self, text: &'a Text) -> &'a str {
+        self.origin.resolve(text)
+    }
+}
+
+impl Span {
+    fn range(self) -> Range<usize> {
+        self.start as usize..self.end as usize
+    }
+}
+
+impl Origin {
+    pub(super) fn bytes(&self, span: Span) -> &[u8] {
+        self.payload.get(span.range()).unwrap_or_default()
+    }
+
+    pub(super) fn slice(&self, span: Span) -> Bytes {
+        self.payload.slice(span.range())
+    }
+
+    /// A part that is known to be UTF-8: it was checked when the record was unpacked.
+    pub(super) fn text(&self, span: Span) -> &str {
+        str::from_utf8(self.bytes(span)).unwrap_or_default()
+    }
+
+    pub(super) fn resolve<'a>(&'a self, text: &'a Text) -> &'a str {
         match text {
-            Text::InPlace(range) => {
-                // The range is that of a JSON string within a payload that was checked to be UTF-8.
-                str::from_utf8(&self.origin.payload[range.clone()]).unwrap_or_default()
-            }
-            Text::Unescaped(text) => text,
+            Text::InPlace(span) => self.text(*span),
+            Text::Copied(text) => text,
         }
+    }
+
+    /// Keeps a text: where it stands if that is in the payload.
+    pub(super) fn keep(&self, text: Cow<'_, str>) -> Text {
+        match text {
+            Cow::Borrowed(text) => Text::InPlace(self.span(text.as_bytes())),
+            Cow::Owned(text) => Text::Copied(text.into()),
+        }
+    }
+
+    /// Where a part of the payload stands in it.
+    pub(super) fn span(&self, part: &[u8]) -> Span {
+        if part.is_empty() {
+            return Span { start: 0, end: 0 };
+        }
+        let start = (part.as_ptr() as usize).wrapping_sub(self.payload.as_ptr() as usize);
+        let end = start.wrapping_add(part.len());
+        debug_assert!(start < end && end <= self.payload.len(), "not a part of the payload");
+        // No payload is that long.
+        let short = |place| u32::try_from(place).unwrap_or(u32::MAX);
+        Span { start: short(start), end: short(end) }
     }
 }
 
@@ -187,7 +273,11 @@ mod tests {
     };
 
     fn message(event: impl Into<Bytes>, arrived_at: Option<Timestamp>) -> Message {
-        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
+        let shard = Arc::new(ShardName {
+            stream: "s".into(),
+            shard: "shardId-0".into(),
+            hash_key_range: None,
+        });
         let record = Record {
             sequence_number: SequenceNumber::parse("17").expect("a number"),
             partition_key: "k".into(),
@@ -195,7 +285,7 @@ mod tests {
             data: event.into(),
         };
         let mut messages = Vec::new();
-        unpack(&shard, record, &mut messages, &mut Vec::new());
+        unpack(&shard, record, None, &mut messages, &mut Vec::new());
         messages.pop().expect("a message")
     }
 

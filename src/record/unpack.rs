@@ -1,22 +1,68 @@
-use std::{borrow::Cow, ops::Range, sync::Arc};
+use std::sync::Arc;
 
-use bytes::Bytes;
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde::Deserialize;
-use serde_json::value::RawValue;
 
 use super::{
-    Message, Record, ShardName, Undecodable,
-    message::{Origin, Text},
+    Message, Record, ShardName, Undecodable, Unpacked,
+    aggregate::{self, Aggregate, Reading},
+    gzip,
+    json::{self, Object},
+    message::{EventJson, Origin, Span, Text},
 };
-use crate::ocs::is_raw_message;
+use crate::ocs::{EventMiddle, is_raw_message, is_raw_message_batch};
 
-/// Takes a record apart. Messages are appended to `messages` in their order, the rest to `undecodable`.
-pub(crate) fn unpack(
+/// So many aggregates and gzip streams may lie one in another.
+const DEPTH_LIMIT: u8 = 4;
+/// A record that unpacks to more than this is a bomb. (Tests need not wait for so much.)
+pub(super) const UNPACKED_LIMIT_BYTES: usize =
+    if cfg!(test) { 4 * 1024 * 1024 } else { 64 * 1024 * 1024 };
+/// So many parts of a record are told one by one.
+pub(super) const UNDECODABLE_LIMIT: usize = 1000;
+/// What is said of a part that cannot be decoded; it may quote the part.
+const REASON_LIMIT_BYTES: usize = 400;
+
+/// Takes a record apart: a KPL aggregate, gzip, a CloudEvent or a JSON array of them, events with one OCS
+/// message or with a batch, and all of these one in another.
+///
+/// Messages are appended to `messages` in their order, and what is no OCS message to `undecodable`.
+/// Nothing is dropped but what `finished` says: it is the sub-sequence number of the shard's checkpoint, if
+/// that is at this record. `None` says that nothing of the record is left. The numbers of the rest are the
+/// same as without a checkpoint.
+///
+/// A worker does this by itself. It is here for services that read Kinesis in their own way:
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use tramline::{SequenceNumber, record::{Record, ShardName, unpack}};
+///
+/// # let data = br#"{"data":{"raw":"4994,TSCH,02:00:06,R,RLD,W"},"id":"myH7tTFo1tuZdSXxQ/5QFA4Xx58=",
+/// #     "partitionkey":"test_key","source":"s","sourceip":"","specversion":"1.0",
+/// #     "time":"2021-08-13T12:00:00Z","type":"com.mbta.ocs.raw_message"}"#.to_vec();
+/// let shard = Arc::new(ShardName {
+///     stream: "ctd-ocs-raw-messages".into(),
+///     shard: "shardId-000000000000".into(),
+///     hash_key_range: None,
+/// });
+/// let record = Record {
+///     sequence_number: SequenceNumber::parse("49590338271490256608559692").expect("a number"),
+///     partition_key: "test_key".into(),
+///     arrived_at: None,
+///     data: data.into(),
+/// };
+/// let (mut messages, mut undecodable) = (Vec::new(), Vec::new());
+/// unpack(&shard, record, None, &mut messages, &mut undecodable);
+/// assert_eq!(messages[0].raw(), "4994,TSCH,02:00:06,R,RLD,W");
+/// assert!(undecodable.is_empty());
+/// ```
+pub fn unpack(
     shard: &Arc<ShardName>,
     record: Record,
+    finished: Option<u64>,
     messages: &mut Vec<Message>,
     undecodable: &mut Vec<Undecodable>,
-) {
+) -> Option<Unpacked> {
     let origin = Arc::new(Origin {
         shard: shard.clone(),
         sequence_number: record.sequence_number,
@@ -24,260 +70,365 @@ pub(crate) fn unpack(
         arrived_at: record.arrived_at,
         payload: record.data,
     });
-    let payload = &origin.payload;
-    let events = match events(payload) {
-        Ok(events) => events,
-        Err(reason) => {
-            undecodable.push(Undecodable {
-                sub_sequence_number: None,
-                reason,
-                data: payload.clone(),
-            });
-            return;
-        }
+    let reading = aggregate::read(&origin.payload, shard.hash_key_range);
+    let user_records = reading.user_records();
+    let first = first_unfinished(finished, user_records)?;
+    let unpacked = Unpacked {
+        last_user_record: user_records.map(|count| count - 1),
+        misplaced: matches!(reading, Reading::Misplaced { .. }),
     };
-    let count = events.len();
-    let (had_messages, had_undecodable) = (messages.len(), undecodable.len());
-    for (sub_sequence_number, event) in (0..).zip(events) {
-        match message(&origin, sub_sequence_number, event) {
-            Ok(message) => messages.push(message),
-            Err(reason) => undecodable.push(Undecodable {
-                sub_sequence_number: Some(sub_sequence_number),
-                reason,
-                data: payload.slice(range_in(payload, event)),
-            }),
+    if unpacked.misplaced {
+        return Some(unpacked);
+    }
+    let mut unpacking = Unpacking {
+        had_messages: messages.len(),
+        had_undecodable: undecodable.len(),
+        messages,
+        undecodable,
+        next: 0,
+        untold: Untold::default(),
+        left_bytes: UNPACKED_LIMIT_BYTES,
+    };
+    let record = Part {
+        origin: &origin,
+        span: origin.span(&origin.payload),
+        partition_key: None,
+        user_record: None,
+        depth: 0,
+    };
+    unpacking.record(record, reading);
+    unpacking.drop_finished(first);
+    Some(unpacked)
+}
+
+/// The first user record that a checkpoint leaves to do, by the sub-sequence number that it has at this
+/// record; `None` if it leaves none.
+///
+/// That number is the last finished user record of an aggregate. Any other record counts as one and is
+/// finished as a whole, whatever the number.
+fn first_unfinished(finished: Option<u64>, user_records: Option<u64>) -> Option<u64> {
+    match (finished, user_records) {
+        (None, _) => Some(0),
+        (Some(_), None) => None,
+        (Some(finished), Some(count)) => finished.checked_add(1).filter(|first| *first < count),
+    }
+}
+
+/// A record that is being taken apart.
+struct Unpacking<'a> {
+    messages: &'a mut Vec<Message>,
+    undecodable: &'a mut Vec<Undecodable>,
+    had_messages: usize,
+    had_undecodable: usize,
+    /// The next sub-sequence number.
+    next: u64,
+    untold: Untold,
+    /// What gzip streams may still give.
+    left_bytes: usize,
+}
+
+/// Undecodable parts beyond those that are told one by one.
+#[derive(Clone, Copy, Default)]
+struct Untold {
+    parts: u64,
+    last_user_record: Option<u64>,
+}
+
+/// A state to go back to when something turns out to be useless as a whole.
+#[derive(Clone, Copy)]
+struct Mark {
+    messages: usize,
+    undecodable: usize,
+    next: u64,
+    untold: Untold,
+}
+
+/// A record, a user record, or what a gzip stream holds.
+#[derive(Clone, Copy)]
+struct Part<'a> {
+    origin: &'a Arc<Origin>,
+    span: Span,
+    /// That of its user record; `None` if it is the origin's.
+    partition_key: Option<&'a Text>,
+    user_record: Option<u64>,
+    /// How many aggregates and gzip streams it lies in.
+    depth: u8,
+}
+
+impl Part<'_> {
+    fn bytes(&self) -> &[u8] {
+        self.origin.bytes(self.span)
+    }
+
+    fn partition_key(&self) -> String {
+        match self.partition_key {
+            Some(key) => self.origin.resolve(key).to_owned(),
+            None => self.origin.partition_key.clone(),
         }
     }
-    // A large array of something else is one thing to look at, not a hundred thousand.
-    if messages.len() == had_messages && count > 1 {
-        let first = undecodable.drain(had_undecodable..).next();
-        let reason = first.map_or_else(String::new, |first| first.reason);
-        undecodable.push(Undecodable {
+
+    fn undecodable(&self, reason: String) -> Undecodable {
+        Undecodable {
             sub_sequence_number: None,
-            reason: format!("an array of {count} without a raw OCS message; the first: {reason}"),
-            data: payload.clone(),
+            user_record: self.user_record,
+            partition_key: self.partition_key(),
+            reason: shortened(reason),
+            data: self.origin.slice(self.span),
+        }
+    }
+}
+
+impl Unpacking<'_> {
+    fn record(&mut self, record: Part<'_>, reading: Reading) {
+        let start = self.mark();
+        let content = if record.bytes().len() > UNPACKED_LIMIT_BYTES {
+            Err(format!("more than {UNPACKED_LIMIT_BYTES} bytes"))
+        } else {
+            self.content(record, reading)
+        };
+        if let Err(reason) = content {
+            self.roll_back(start);
+            self.undecodable.push(record.undecodable(reason));
+        }
+        let Untold { parts, last_user_record } = self.untold;
+        if parts > 0 {
+            let reason =
+                format!("{parts} more parts cannot be decoded; this is the record as a whole");
+            let whole = Part { user_record: last_user_record, ..record };
+            self.undecodable.push(whole.undecodable(reason));
+        }
+    }
+
+    /// What cannot be read as a whole is an error, and the caller's to tell; for what lies in it, that is
+    /// done here.
+    fn payload(&mut self, part: Part<'_>) -> Result<(), String> {
+        if part.depth > DEPTH_LIMIT {
+            return Err(format!("packed more than {DEPTH_LIMIT} times over"));
+        }
+        let reading = if aggregate::has_magic(part.bytes()) {
+            aggregate::read(&part.origin.slice(part.span), None)
+        } else {
+            Reading::Plain
+        };
+        self.content(part, reading)
+    }
+
+    fn content(&mut self, part: Part<'_>, reading: Reading) -> Result<(), String> {
+        match reading {
+            Reading::Aggregate(aggregate) => {
+                self.aggregate(part, &aggregate);
+                Ok(())
+            }
+            Reading::Misplaced { .. } => {
+                Err("a KPL aggregate with a hash key over 128 bits".into())
+            }
+            Reading::Corrupt(reason) => Err(reason),
+            Reading::Plain if gzip::is_gzip(part.bytes()) => self.gzip(part),
+            Reading::Plain => self.json(part),
+        }
+    }
+
+    fn aggregate(&mut self, part: Part<'_>, aggregate: &Aggregate) {
+        for (index, (key, data)) in (0..).zip(aggregate.user_records()) {
+            let key = part.origin.keep(aggregate::text(key));
+            let user_record = Part {
+                span: part.origin.span(data),
+                partition_key: Some(&key),
+                // A KPL aggregate is a Kinesis record: what lies deeper has no part in checkpoints.
+                user_record: if part.depth == 0 { Some(index) } else { part.user_record },
+                depth: part.depth + 1,
+                ..part
+            };
+            let before = self.mark();
+            if let Err(reason) = self.payload(user_record) {
+                self.roll_back(before);
+                self.give_up(user_record, reason);
+            }
+        }
+    }
+
+    fn gzip(&mut self, part: Part<'_>) -> Result<(), String> {
+        let payload = gzip::unpack(part.bytes(), &mut self.left_bytes)?;
+        let origin = Arc::new(Origin {
+            shard: part.origin.shard.clone(),
+            sequence_number: part.origin.sequence_number.clone(),
+            partition_key: part.partition_key(),
+            arrived_at: part.origin.arrived_at,
+            payload: payload.into(),
         });
+        let span = origin.span(&origin.payload);
+        self.payload(Part {
+            origin: &origin,
+            span,
+            partition_key: None,
+            depth: part.depth + 1,
+            ..part
+        })
+    }
+
+    fn json(&mut self, part: Part<'_>) -> Result<(), String> {
+        let text = str::from_utf8(part.bytes()).map_err(|error| format!("not UTF-8: {error}"))?;
+        let text = json::trim(text);
+        if text.starts_with('[') {
+            self.each(part, text, "an array", |this, event, parsed| this.event(part, event, parsed))
+        } else {
+            self.event(part, text, serde_json::from_str(text))
+        }
+    }
+
+    /// Takes an array apart. A bad element does not spoil the others, but a large array of something else
+    /// is one thing to look at, not a hundred thousand.
+    fn each<'t, T: Deserialize<'t>>(
+        &mut self,
+        part: Part<'_>,
+        array: &'t str,
+        what: &str,
+        mut element: impl FnMut(&mut Self, &'t str, serde_json::Result<T>) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let start = self.mark();
+        let count = json::for_each(array, |text, parsed| {
+            let before = self.mark();
+            if let Err(reason) = element(self, text, parsed) {
+                self.roll_back(before);
+                self.give_up(Part { span: part.origin.span(text.as_bytes()), ..part }, reason);
+            }
+        })?;
+        if self.messages.len() > start.messages {
+            return Ok(());
+        }
+        let first = self.undecodable.get(start.undecodable);
+        Err(match first {
+            _ if count == 0 => format!("{what} without an element: no OCS message in it"),
+            Some(first) => {
+                format!("{what} of {count} without a raw OCS message; the first: {}", first.reason)
+            }
+            None => format!("{what} of {count} without a raw OCS message"),
+        })
+    }
+
+    fn event(
+        &mut self,
+        part: Part<'_>,
+        text: &str,
+        parsed: serde_json::Result<Object<json::Event<'_>>>,
+    ) -> Result<(), String> {
+        let Object(event) = parsed.map_err(|error| explain(text, &error))?;
+        let kind = &*event.kind.0;
+        let Object(data) = event.data;
+        if is_raw_message(kind) {
+            let message = json::OcsMessage {
+                id: event.id,
+                time: event.time,
+                raw: data.raw.ok_or("data.raw is missing")?,
+                raw_base64: data.raw_base64,
+            };
+            let event_json = EventJson::InPlace(part.origin.span(text.as_bytes()));
+            let source = part.origin.keep(event.source.0);
+            return self.message(part, event_json, source, message);
+        }
+        if !is_raw_message_batch(kind) {
+            return Err(format!("event type {kind:?} is not a raw OCS message"));
+        }
+        let shared = Arc::new(EventMiddle::new(
+            event.partition_key.map(|value| value.get().as_bytes()),
+            &event.source.0,
+            event.source_ip.map(|value| value.get().as_bytes()),
+        ));
+        let source = part.origin.keep(event.source.0);
+        let messages = data.messages.ok_or("data.messages is missing")?.get();
+        self.each(part, messages, "a batch", |this, _, parsed| {
+            let Object(message) =
+                parsed.map_err(|error| format!("not a message of a batch: {error}"))?;
+            this.message(part, EventJson::OfBatch(shared.clone()), source.clone(), message)
+        })
+    }
+
+    fn message(
+        &mut self,
+        part: Part<'_>,
+        event: EventJson,
+        source: Text,
+        message: json::OcsMessage<'_>,
+    ) -> Result<(), String> {
+        if message.raw.0.is_empty() {
+            return Err("data.raw is empty".into());
+        }
+        if let Some(bytes) = &message.raw_base64 {
+            let bytes = BASE64_STANDARD.decode(&*bytes.0);
+            bytes.map_err(|error| format!("data.raw_base64 is not Base64: {error}"))?;
+        }
+        let keep = |text: json::Str<'_>| part.origin.keep(text.0);
+        self.messages.push(Message {
+            sub_sequence_number: self.next,
+            user_record: part.user_record,
+            partition_key: part.partition_key.cloned(),
+            event,
+            raw: keep(message.raw),
+            raw_base64: message.raw_base64.map(keep),
+            id: keep(message.id),
+            time: keep(message.time),
+            source,
+            origin: part.origin.clone(),
+        });
+        self.next += 1;
+        Ok(())
+    }
+
+    fn give_up(&mut self, part: Part<'_>, reason: String) {
+        if self.undecodable.len() - self.had_undecodable < UNDECODABLE_LIMIT {
+            let sub_sequence_number = Some(self.next);
+            self.undecodable.push(Undecodable { sub_sequence_number, ..part.undecodable(reason) });
+        } else {
+            self.untold.parts += 1;
+            self.untold.last_user_record = part.user_record;
+        }
+        self.next += 1;
+    }
+
+    fn mark(&self) -> Mark {
+        Mark {
+            messages: self.messages.len(),
+            undecodable: self.undecodable.len(),
+            next: self.next,
+            untold: self.untold,
+        }
+    }
+
+    fn roll_back(&mut self, mark: Mark) {
+        self.messages.truncate(mark.messages);
+        self.undecodable.truncate(mark.undecodable);
+        self.next = mark.next;
+        self.untold = mark.untold;
+    }
+
+    /// Drops what a checkpoint has passed. It was unpacked all the same: the numbers of the rest follow
+    /// from it.
+    fn drop_finished(&mut self, first: u64) {
+        let is_finished = |user_record: Option<u64>| user_record.is_some_and(|n| n < first);
+        let new = &self.messages[self.had_messages..];
+        let finished = new.partition_point(|message| is_finished(message.user_record));
+        self.messages.drain(self.had_messages..self.had_messages + finished);
+        let new = &self.undecodable[self.had_undecodable..];
+        let finished = new.partition_point(|part| is_finished(part.user_record));
+        self.undecodable.drain(self.had_undecodable..self.had_undecodable + finished);
     }
 }
-
-/// The events of a payload, each as the JSON it is written in.
-fn events(payload: &Bytes) -> Result<Vec<&str>, String> {
-    let text = str::from_utf8(payload).map_err(|error| format!("not UTF-8: {error}"))?;
-    let whole = text.trim_ascii();
-    if !whole.starts_with('[') {
-        return Ok(vec![whole]);
-    }
-    let events: Vec<&RawValue> =
-        serde_json::from_str(whole).map_err(|error| format!("not JSON: {error}"))?;
-    if events.is_empty() {
-        return Err("an empty array: no event in the record".into());
-    }
-    Ok(events.into_iter().map(RawValue::get).collect())
-}
-
-fn message(origin: &Arc<Origin>, sub_sequence_number: u64, json: &str) -> Result<Message, String> {
-    let event: EventFields = serde_json::from_str(json).map_err(|error| explain(json, error))?;
-    if !is_raw_message(&event.kind.0) {
-        return Err(format!("event type {:?} is not a raw OCS message", event.kind.0));
-    }
-    if event.data.raw.0.is_empty() {
-        return Err("data.raw is empty".into());
-    }
-    let text = |text: Str<'_>| match text.0 {
-        Cow::Borrowed(text) => Text::InPlace(range_in(&origin.payload, text)),
-        Cow::Owned(text) => Text::Unescaped(text.into()),
-    };
-    Ok(Message {
-        sub_sequence_number,
-        event: range_in(&origin.payload, json),
-        raw: text(event.data.raw),
-        raw_base64: event.data.raw_base64.map(text),
-        id: text(event.id),
-        time: text(event.time),
-        source: text(event.source),
-        origin: origin.clone(),
-    })
-}
-
-/// The fields that a raw message must have by its JSON Schema; others are allowed and ignored.
-#[derive(Deserialize)]
-struct EventFields<'a> {
-    #[serde(borrow, rename = "type")]
-    kind: Str<'a>,
-    #[serde(borrow)]
-    id: Str<'a>,
-    #[serde(borrow)]
-    time: Str<'a>,
-    #[serde(borrow)]
-    source: Str<'a>,
-    #[serde(borrow)]
-    data: Data<'a>,
-}
-
-#[derive(Deserialize)]
-struct Data<'a> {
-    #[serde(borrow)]
-    raw: Str<'a>,
-    #[serde(borrow)]
-    raw_base64: Option<Str<'a>>,
-}
-
-/// A string that borrows from the JSON unless it is escaped there. (serde borrows for a bare `Cow`
-/// field, not for one inside an `Option`.)
-#[derive(Deserialize)]
-#[serde(transparent)]
-struct Str<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Says what is wrong with an event: its type if it is another kind of event, else what is missing.
-fn explain(json: &str, error: serde_json::Error) -> String {
-    #[derive(Deserialize)]
-    struct Kind<'a> {
-        #[serde(borrow, rename = "type")]
-        kind: Str<'a>,
-    }
-    match serde_json::from_str::<Kind>(json) {
-        Ok(Kind { kind }) if !is_raw_message(&kind.0) => {
-            format!("event type {:?} is not a raw OCS message", kind.0)
+fn explain(event: &str, error: &serde_json::Error) -> String {
+    match json::kind_of(event) {
+        Some(kind) if !is_raw_message(&kind) && !is_raw_message_batch(&kind) => {
+            format!("event type {kind:?} is not a raw OCS message")
         }
         _ if error.is_data() => format!("not a raw OCS message: {error}"),
         _ => format!("not JSON: {error}"),
     }
 }
 
-/// Where `part`, a piece of `payload`, stands in it.
-fn range_in(payload: &Bytes, part: &str) -> Range<usize> {
-    let start = part.as_ptr() as usize - payload.as_ptr() as usize;
-    start..start + part.len()
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::{ocs::EventSource, shard::SequenceNumber};
-
-    fn unpacked(data: impl Into<Bytes>) -> (Vec<Message>, Vec<Undecodable>) {
-        let shard = Arc::new(ShardName { stream: "s".into(), shard: "shardId-0".into() });
-        let record = Record {
-            sequence_number: SequenceNumber::parse("17").expect("a number"),
-            partition_key: "record_key".into(),
-            arrived_at: None,
-            data: data.into(),
-        };
-        let (mut messages, mut undecodable) = (Vec::new(), Vec::new());
-        unpack(&shard, record, &mut messages, &mut undecodable);
-        (messages, undecodable)
+fn shortened(mut reason: String) -> String {
+    if reason.len() > REASON_LIMIT_BYTES {
+        reason.truncate(reason.floor_char_boundary(REASON_LIMIT_BYTES));
+        reason.push('…');
     }
-
-    fn event(raw: &[u8]) -> String {
-        let event =
-            EventSource::new("event_key".into(), "src", None).event("2021-08-13T12:00:00Z", raw);
-        String::from_utf8(event.json).expect("UTF-8")
-    }
-
-    #[test]
-    fn an_array_gives_its_events_in_order() {
-        let json = format!(" [{},\n {}]", event(b"1,DIAG,00:00:01,a"), event(b"2,DIAG,00:00:02,b"));
-        let (messages, undecodable) = unpacked(json);
-        assert!(undecodable.is_empty());
-        let seen: Vec<_> = messages.iter().map(|m| (m.sub_sequence_number(), m.raw())).collect();
-        assert_eq!(seen, [(0, "1,DIAG,00:00:01,a"), (1, "2,DIAG,00:00:02,b")]);
-        assert_eq!(messages[0].sequence_number().as_str(), "17");
-        assert_eq!(messages[0].partition_key(), "record_key");
-        assert_eq!(messages[1].event_json(), event(b"2,DIAG,00:00:02,b"));
-    }
-
-    #[test]
-    fn a_single_event_needs_no_array() {
-        let (messages, undecodable) = unpacked(event(b"1,DIAG,00:00:01,a"));
-        assert!(undecodable.is_empty());
-        assert_eq!(messages[0].raw(), "1,DIAG,00:00:01,a");
-        assert_eq!(messages[0].source(), "src");
-        assert_eq!(messages[0].time().map(|t| t.as_second()), Some(1_628_856_000));
-    }
-
-    #[test]
-    fn both_spellings_of_the_type_are_read() {
-        let hyphen = event(b"1,DIAG,00:00:01,a").replace("raw_message", "raw-message");
-        assert_eq!(unpacked(hyphen).0.len(), 1);
-    }
-
-    #[test]
-    fn unknown_fields_are_ignored() {
-        let json = event(b"x").replace(r#""partitionkey":"event_key""#, r#""new":{"a":[1]}"#);
-        assert_eq!(unpacked(json).0.len(), 1);
-    }
-
-    #[test]
-    fn p9_one_bad_event_leaves_its_neighbours_alone_and_keeps_its_bytes() {
-        let other = r#"{"type":"com.example.other","data":7}"#;
-        let json =
-            format!("[{},{other},{}]", event(b"1,DIAG,00:00:01,a"), event(b"2,DIAG,00:00:02,b"));
-        let (messages, undecodable) = unpacked(json);
-        let subs: Vec<_> = messages.iter().map(Message::sub_sequence_number).collect();
-        assert_eq!(subs, [0, 2]);
-        assert_eq!(undecodable.len(), 1);
-        assert_eq!(undecodable[0].sub_sequence_number, Some(1));
-        assert_eq!(undecodable[0].data, other);
-        assert_eq!(
-            undecodable[0].reason,
-            r#"event type "com.example.other" is not a raw OCS message"#
-        );
-    }
-
-    #[test]
-    fn p9_an_array_without_a_message_is_one_dead_letter() {
-        let (messages, undecodable) = unpacked("[0, 1, {}]");
-        assert!(messages.is_empty());
-        assert_eq!(undecodable.len(), 1);
-        assert_eq!(undecodable[0].sub_sequence_number, None);
-        assert_eq!(undecodable[0].data, "[0, 1, {}]");
-        assert!(undecodable[0].reason.starts_with("an array of 3 "), "{}", undecodable[0].reason);
-    }
-
-    #[test]
-    fn p9_what_cannot_be_read_comes_out_whole_with_the_reason() {
-        for (data, reason) in [
-            (&b"\xff\xfe"[..], "not UTF-8"),
-            (b"", "not JSON"),
-            (b"{\"type\":", "not JSON"),
-            (b"[{]", "not JSON"),
-            (b"[]", "an empty array"),
-            (b"17", "not a raw OCS message"),
-            (br#"{"type":"com.mbta.ocs.raw_message"}"#, "missing field"),
-            (event(b"").as_bytes(), "data.raw is empty"),
-        ] {
-            let (messages, undecodable) = unpacked(data.to_vec());
-            assert!(messages.is_empty());
-            assert_eq!(undecodable.len(), 1);
-            assert!(undecodable[0].reason.contains(reason), "{}", undecodable[0].reason);
-            assert_eq!(undecodable[0].data, data);
-        }
-    }
-
-    #[test]
-    fn p9_raw_bytes_are_those_that_were_received() {
-        let raw = b"1,DIAG,00:00:01,\xff";
-        let (messages, _) = unpacked(event(raw));
-        assert_eq!(messages[0].raw(), "1,DIAG,00:00:01,\u{FFFD}");
-        assert_eq!(messages[0].raw_bytes(), &raw[..]);
-    }
-
-    proptest! {
-        #[test]
-        fn whatever_is_wrapped_comes_back(raws in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..50), 1..5)) {
-            let array = format!("[{}]", raws.iter().map(|raw| event(raw)).collect::<Vec<_>>().join(","));
-            let (messages, undecodable) = unpacked(array);
-            prop_assert!(undecodable.is_empty());
-            let back: Vec<_> = messages.iter().map(|m| m.raw_bytes().into_owned()).collect();
-            prop_assert_eq!(back, raws);
-        }
-
-        #[test]
-        fn no_bytes_make_it_panic(data in prop::collection::vec(any::<u8>(), 0..200)) {
-            let (messages, undecodable) = unpacked(data);
-            prop_assert!(messages.len() + undecodable.len() > 0);
-        }
-    }
+    reason
 }

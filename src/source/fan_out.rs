@@ -20,9 +20,10 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// sequence number.
 pub(super) struct Subscription {
     output: SubscribeToShardOutput,
-    /// Set by an event without records that names the child shards. The embedded server names them in
-    /// every event after the shard closed, while records still follow, and always gives a continuation
-    /// number; it shows the end by ending the stream after such an event.
+    /// Set by an event at the tip, without records, that names the child shards. The embedded server
+    /// names them in every event after the shard closed, while records still follow, and always gives a
+    /// continuation number; it shows the end by ending the stream after such an event. Believed if
+    /// ListShards shows the shard closed.
     closing: Option<Vec<ChildShard>>,
     shard: ShardId,
 }
@@ -54,26 +55,18 @@ pub(super) async fn subscribe(
         .set_starting_position(position.build().ok())
         .send()
         .await
-        .map_err(|error| aws::failure("kinesis:SubscribeToShard", error))?;
+        .map_err(|error| stream.failure("kinesis:SubscribeToShard", error))?;
     tracing::debug!(stream = stream.name(), %shard, %place, "subscribed");
     Ok(Subscription { output, closing: None, shard: shard.clone() })
 }
 
 impl Subscription {
-    pub(super) async fn next(&mut self) -> Result<Linked, AwsError> {
+    pub(super) async fn next(&mut self, stream: &Stream) -> Result<Linked, AwsError> {
         loop {
             let event =
                 match tokio::time::timeout(SILENCE_LIMIT, self.output.event_stream.recv()).await {
                     Ok(Ok(Some(event))) => event,
-                    Ok(Ok(None)) => {
-                        return Ok(match self.closing.take() {
-                            None => Linked::Over,
-                            Some(children) => Linked::Read {
-                                read: Read { end: Some(children), ..Read::default() },
-                                next: None,
-                            },
-                        });
-                    }
+                    Ok(Ok(None)) => return self.over(stream).await,
                     Ok(Err(error)) => {
                         return Err(aws::stream_failure("kinesis:SubscribeToShard", error));
                     }
@@ -82,6 +75,7 @@ impl Subscription {
                             shard = %self.shard,
                             "no event for {} s: subscribing again", SILENCE_LIMIT.as_secs()
                         );
+                        stream.reconnect();
                         return Ok(Linked::Over);
                     }
                 };
@@ -93,7 +87,8 @@ impl Subscription {
                 named.map(|named| children(&self.shard, named)).filter(|c| !c.is_empty());
             let next = SequenceNumber::parse(event.continuation_sequence_number);
             let end = if next.is_none() { children.clone() } else { None };
-            self.closing = children.filter(|_| event.records.is_empty());
+            let at_tip = event.records.is_empty() && event.millis_behind_latest == 0;
+            self.closing = children.filter(|_| at_tip);
             let read = Read {
                 records: event.records.into_iter().filter_map(record).collect(),
                 behind: u64::try_from(event.millis_behind_latest).ok().map(Duration::from_millis),
@@ -101,5 +96,19 @@ impl Subscription {
             };
             return Ok(Linked::Read { read, next });
         }
+    }
+    /// What it means that the stream of events has ended.
+    async fn over(&mut self, stream: &Stream) -> Result<Linked, AwsError> {
+        let Some(children) = self.closing.take() else { return Ok(Linked::Over) };
+        let listed = stream.list_shards().await?;
+        if !listed.iter().any(|shard| shard.id == self.shard && shard.closed) {
+            tracing::warn!(
+                stream = stream.name(), shard = %self.shard,
+                "the server named child shards of an open shard: subscribing again"
+            );
+            return Ok(Linked::Over);
+        }
+        let read = Read { end: Some(children), ..Read::default() };
+        Ok(Linked::Read { read, next: None })
     }
 }

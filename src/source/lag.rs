@@ -54,6 +54,7 @@ impl Stream {
     }
 
     /// Checks that the shard can be read from `place`.
+    #[cfg(feature = "cli")]
     pub(crate) async fn check_place(
         &self,
         shard: &ShardId,
@@ -65,7 +66,7 @@ impl Stream {
 
     async fn probe(&self, token: String) -> Result<(Probe, Option<String>), AwsError> {
         let answer = self.client().get_records().shard_iterator(token).limit(1).send().await;
-        let answer = answer.map_err(|error| aws::failure("kinesis:GetRecords", error))?;
+        let answer = answer.map_err(|error| self.failure("kinesis:GetRecords", error))?;
         Ok((probe(&answer), answer.next_shard_iterator))
     }
 

@@ -4,7 +4,6 @@
 //! and iterators underneath.
 
 mod fan_out;
-#[cfg(feature = "cli")]
 mod lag;
 mod polling;
 mod prefetch;
@@ -15,6 +14,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
+use tokio::time::{Instant, sleep_until};
 
 #[cfg(feature = "cli")]
 pub(crate) use lag::Lag;
@@ -116,6 +116,10 @@ pub enum SourceError {
 /// How much later our clock may be than the server's.
 const PIN_MARGIN: SignedDuration = SignedDuration::from_secs(5);
 
+/// How long to wait from one opening of a shard to the next: five a second are allowed (AWS API
+/// reference, GetShardIterator). What is opened lasts for minutes, unless a server misbehaves.
+const OPEN_INTERVAL: Duration = Duration::from_millis(200);
+
 /// Where in a shard reading goes on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -190,7 +194,8 @@ pub(crate) struct ShardReader {
     /// The newest record handed out. Servers may repeat records when asked to go on, never before it.
     delivered: Option<SequenceNumber>,
     link: Link,
-    /// The time that the link was opened at, if it was a time.
+    open_not_before: Instant,
+    /// The time that reading starts at, if it is a time.
     from: Option<Timestamp>,
 }
 
@@ -212,7 +217,15 @@ enum Linked {
 
 impl ShardReader {
     pub(crate) fn new(stream: Stream, shard: ShardId, place: Place) -> Self {
-        Self { stream, shard, place, delivered: None, link: Link::Closed, from: None }
+        Self {
+            stream,
+            shard,
+            place,
+            delivered: None,
+            link: Link::Closed,
+            open_not_before: Instant::now(),
+            from: None,
+        }
     }
 
     /// Waits for the next records, which may be none.
@@ -252,24 +265,20 @@ impl ShardReader {
         loop {
             let linked = match &mut self.link {
                 Link::Closed => {
+                    sleep_until(self.open_not_before).await;
+                    self.open_not_before = Instant::now() + OPEN_INTERVAL;
                     let now = Timestamp::now();
-                    if let Place::Time(from) = self.place
-                        && from > now
-                    {
-                        // Kinesis takes no time that is still to come.
-                        let wait = Duration::try_from(from.duration_since(now)).unwrap_or_default();
-                        tokio::time::sleep(wait.min(Duration::from_secs(1))).await;
-                        return Ok(Read::default());
+                    let mut place = self.place.pin(now);
+                    if let Place::Time(from) = &mut place {
+                        self.from = Some(*from);
+                        // Kinesis takes no time that is still to come. It may have come by its clock, so
+                        // what arrives is looked at, and not our clock.
+                        *from = now.min(*from);
                     }
-                    let place = self.place.pin(now);
                     self.link = self.open(&place).await?;
-                    self.from = match place {
-                        Place::Time(from) => Some(from),
-                        _ => None,
-                    };
                     continue;
                 }
-                Link::Subscription(subscription) => subscription.next().await?,
+                Link::Subscription(subscription) => subscription.next(&self.stream).await?,
                 Link::Iterator(iterator) => iterator.next(&self.stream).await?,
             };
             match linked {

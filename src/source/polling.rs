@@ -46,7 +46,7 @@ pub(super) async fn iterate(
             .starting_sequence_number(number.as_str()),
     };
     let answer =
-        call.send().await.map_err(|error| aws::failure("kinesis:GetShardIterator", error))?;
+        call.send().await.map_err(|error| stream.failure("kinesis:GetShardIterator", error))?;
     tracing::debug!(stream = stream.name(), %shard, %place, "shard iterator opened");
     Ok(ShardIterator {
         token: answer.shard_iterator,
@@ -57,8 +57,8 @@ pub(super) async fn iterate(
 
 impl ShardIterator {
     pub(super) async fn next(&mut self, stream: &Stream) -> Result<Linked, AwsError> {
-        let Some(token) = &self.token else { return Ok(Linked::Over) };
         sleep_until(self.not_before).await;
+        let Some(token) = &self.token else { return Ok(Linked::Over) };
         let asked_at = Instant::now();
         let answer = stream
             .client()
@@ -67,7 +67,7 @@ impl ShardIterator {
             .limit(RECORDS_PER_READ)
             .send()
             .await
-            .map_err(|error| aws::failure("kinesis:GetRecords", error));
+            .map_err(|error| stream.failure("kinesis:GetRecords", error));
         let answer = match answer {
             Ok(answer) => answer,
             Err(error) if error.kind() == AwsErrorKind::ExpiredIterator => {

@@ -1,6 +1,7 @@
 //! One stream: what it is, its shards, and our consumer on it.
 
 use std::{
+    error::Error,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -12,12 +13,14 @@ use aws_sdk_kinesis::{
     Client,
     types::{ConsumerStatus, StreamDescriptionSummary, StreamStatus},
 };
+use aws_smithy_runtime_api::client::{orchestrator::HttpResponse, result::SdkError};
+use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use aws_types::SdkConfig;
 use tokio::time::Instant;
 
 use super::{Retrieval, SourceError};
 use crate::{
-    aws::{self, AwsError, AwsErrorKind},
+    aws::{self, AwsError, AwsErrorKind, Reconnecting},
     backoff::Backoff,
     shard::{HashKeyRange, SequenceNumber, Shard, StreamIdentifier},
 };
@@ -31,7 +34,7 @@ pub(crate) struct Stream(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    client: Client,
+    client: Reconnecting<Client>,
     name: Arc<str>,
     region: String,
     retrieval: Retrieval,
@@ -61,7 +64,7 @@ impl Stream {
             )
             .build();
         Self(Arc::new(Inner {
-            client: Client::from_conf(config),
+            client: Reconnecting::new(move || Client::from_conf(config.clone())),
             name: name.into(),
             region,
             retrieval,
@@ -85,8 +88,25 @@ impl Stream {
         self.0.identifier.get()
     }
 
-    pub(super) fn client(&self) -> &Client {
-        &self.0.client
+    pub(super) fn client(&self) -> Client {
+        self.0.client.get()
+    }
+
+    /// Lets the calls that follow go over new connections.
+    pub(super) fn reconnect(&self) {
+        self.0.client.reconnect();
+    }
+
+    /// Reads an error of the client.
+    pub(super) fn failure<E>(
+        &self,
+        operation: &'static str,
+        error: SdkError<E, HttpResponse>,
+    ) -> AwsError
+    where
+        E: ProvideErrorMetadata + Error + 'static,
+    {
+        self.0.client.failure(operation, error)
     }
 
     /// The consumer to subscribe with; `None` means to poll.
@@ -184,7 +204,7 @@ impl Stream {
                 .send()
                 .await
                 .map_err(|error| {
-                    self.failed(aws::failure("kinesis:DescribeStreamSummary", error))
+                    self.failed(self.failure("kinesis:DescribeStreamSummary", error))
                 })?;
             Ok(answer.stream_description_summary.and_then(|stream| match stream.stream_status {
                 StreamStatus::Active | StreamStatus::Updating => Some(stream),
@@ -203,7 +223,7 @@ impl Stream {
                 .consumer_name(name)
                 .send()
                 .await;
-            match registered.map_err(|error| aws::failure("kinesis:RegisterStreamConsumer", error))
+            match registered.map_err(|error| self.failure("kinesis:RegisterStreamConsumer", error))
             {
                 Ok(_) => tracing::info!(
                     stream = self.name(),
@@ -243,7 +263,7 @@ impl Stream {
             .consumer_name(name)
             .send()
             .await;
-        match answer.map_err(|error| aws::failure("kinesis:DescribeStreamConsumer", error)) {
+        match answer.map_err(|error| self.failure("kinesis:DescribeStreamConsumer", error)) {
             Ok(answer) => {
                 Ok(answer.consumer_description.map(|c| (c.consumer_arn, c.consumer_status)))
             }
@@ -294,7 +314,7 @@ impl Stream {
                 None => call.stream_name(self.name()),
             };
             let answer =
-                call.send().await.map_err(|error| aws::failure("kinesis:ListShards", error))?;
+                call.send().await.map_err(|error| self.failure("kinesis:ListShards", error))?;
             let listed = answer.shards.unwrap_or_default();
             shards.extend(listed.into_iter().map(|listed| shard(listed, self.identifier())));
             next_token = answer.next_token;

@@ -2,7 +2,7 @@
 //! the shard is finished.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     panic::AssertUnwindSafe,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -47,6 +47,12 @@ pub(super) struct Delivery<H, S> {
     to_answers: mpsc::UnboundedSender<Answer>,
     /// Messages that the handler has taken and not acknowledged yet.
     unacked: BTreeMap<u64, Unacked>,
+    /// Serial numbers of messages that were acknowledged although the call that took them failed.
+    acked_early: BTreeSet<u64>,
+    /// Those of messages that were answered otherwise.
+    refused_early: BTreeSet<u64>,
+    /// Serial numbers below this may still be answered from an attempt that failed: never given again.
+    used_to: u64,
     failure_rate: FailureRate,
     pub checkpoint_wanted: bool,
 }
@@ -55,6 +61,8 @@ struct Unacked {
     message: Message,
     attempts: u32,
     since: Instant,
+    /// Whether it failed, so that no answer is to be waited for.
+    failed: bool,
 }
 
 /// The messages of one position: a plain record's, or a user record's.
@@ -91,6 +99,9 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             answers,
             to_answers,
             unacked: BTreeMap::new(),
+            acked_early: BTreeSet::new(),
+            refused_early: BTreeSet::new(),
+            used_to: 0,
             checkpoint_wanted: false,
         }
     }
@@ -120,10 +131,21 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
         read_to: Position,
     ) -> Result<(), Interrupt> {
         if !messages.is_empty() {
-            let first = self.tracker.next_serial();
+            let first = self.first_serial();
             let batch = self.batch(messages, first, behind);
-            match self.offer(&batch).await? {
-                Ok(()) if batch.acks.are_taken() => self.take_over(grouped(batch.messages), &[]),
+            let offered = match self.offer(&batch).await {
+                Ok(offered) => offered,
+                Err(interrupt) => {
+                    self.keep_early_acks(batch);
+                    return Err(interrupt);
+                }
+            };
+            match offered {
+                Ok(()) if batch.acks.are_taken() => {
+                    let finished = self.finished_early(&batch);
+                    self.count(batch.len());
+                    self.take_over(grouped(batch.messages), &finished);
+                }
                 Ok(()) => self.finish(&batch.messages),
                 Err(failure)
                     if batch.len() == 1 || self.settings.retries.per == RetryPer::Batch =>
@@ -147,7 +169,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
         behind: Option<Duration>,
     ) -> Result<(), Interrupt> {
         for group in grouped(messages) {
-            let first = self.tracker.next_serial();
+            let first = self.first_serial();
             let mut finished = Vec::new();
             for (serial, message) in (first..).zip(&group.messages) {
                 let batch = self.batch(vec![message.clone()], serial, behind);
@@ -160,12 +182,36 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 }
             }
             if finished.contains(&false) {
+                self.count(group.messages.len());
                 self.take_over(vec![group], &finished);
             } else {
                 self.finish(&group.messages);
             }
         }
         Ok(())
+    }
+
+    /// At a stop: what was acknowledged of a batch that the handler did not take wholly is finished all
+    /// the same.
+    fn keep_early_acks(&mut self, batch: Batch) {
+        let refused = std::mem::take(&mut self.refused_early);
+        if self.acked_early.is_empty() && refused.is_empty() {
+            return;
+        }
+        let finished = self.finished_early(&batch);
+        self.count(finished.iter().filter(|finished| **finished).count());
+        self.take_over(grouped(batch.messages), &finished);
+        // The others are with somebody who may acknowledge them yet.
+        for serial in refused {
+            if let Some(unacked) = self.unacked.get_mut(&serial) {
+                unacked.failed = true;
+            }
+        }
+    }
+
+    fn finished_early(&mut self, batch: &Batch) -> Vec<bool> {
+        let early = std::mem::take(&mut self.acked_early);
+        batch.acks.serials.iter().map(|serial| early.contains(serial)).collect()
     }
 
     /// Notes messages as finished, and with them what comes before, unless it is not acknowledged.
@@ -181,13 +227,13 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
     fn take_over(&mut self, groups: Vec<Group>, finished: &[bool]) {
         let mut finished = finished.iter();
         for Group { position, messages } in groups {
-            self.count(messages.len());
             let serials = self.tracker.deliver(position, messages.len()).unwrap_or(0..0);
             for (serial, message) in serials.zip(messages) {
                 if finished.next().copied().unwrap_or(false) {
                     self.tracker.finish(serial);
                 } else {
-                    let unacked = Unacked { message, attempts: 1, since: Instant::now() };
+                    let since = Instant::now();
+                    let unacked = Unacked { message, attempts: 1, since, failed: false };
                     self.unacked.insert(serial, unacked);
                 }
             }
@@ -207,6 +253,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
         if let Some(reason) = failed {
             let (attempts, since) = (unacked.attempts, unacked.since);
             unacked.attempts += 1;
+            unacked.failed = true;
             let message = unacked.message.clone();
             let allowed = self.settings.retries.allow(attempts, since, Instant::now());
             let failure = Failure { attempts, cause: FailureCause::Error(reason) };
@@ -227,6 +274,9 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 true
             };
             if !done {
+                if let Some(unacked) = self.unacked.get_mut(&serial) {
+                    unacked.failed = false;
+                }
                 return Ok(());
             }
         }
@@ -235,6 +285,14 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
         self.activity.got_on();
         self.counters.note_activity();
         Ok(())
+    }
+
+    /// The serial number of the next message that is offered.
+    fn first_serial(&mut self) -> u64 {
+        self.acked_early.clear();
+        self.refused_early.clear();
+        self.tracker.skip_to(self.used_to);
+        self.tracker.next_serial()
     }
 
     fn batch(&self, messages: Vec<Message>, first_serial: u64, behind: Option<Duration>) -> Batch {
@@ -263,16 +321,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 Err(cause) => cause,
             };
             self.counters.failed_attempts.fetch_add(1, Ordering::Relaxed);
-            // What it took and dropped in the attempt that failed says nothing of the next one.
-            while self.answers.try_recv().is_ok_and(|answer| {
-                let of_this = batch.acks.serials.contains(&answer.serial);
-                if !of_this {
-                    // Of an earlier batch: to be looked at in its turn.
-                    let _ = self.to_answers.send(answer);
-                }
-                of_this
-            }) {}
-            batch.acks.take_back();
+            self.take_back(batch);
             let failure = Failure { attempts, cause };
             if self.stop.is_cancelled() {
                 let first = batch.first().map_or("", |m| m.sequence_number().as_str());
@@ -288,6 +337,33 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             }
             self.wait(&mut backoff).await?;
         }
+    }
+
+    /// What the handler finished in an attempt that failed is finished; what it dropped says nothing of
+    /// the next attempt.
+    fn take_back(&mut self, batch: &Batch) {
+        if batch.acks.are_taken() {
+            let last = batch.acks.serials.last().copied().unwrap_or(0);
+            self.used_to = self.used_to.max(last + 1);
+        }
+        let mut of_others = Vec::new();
+        while let Ok(answer) = self.answers.try_recv() {
+            let of_this = batch.acks.serials.binary_search(&answer.serial).is_ok();
+            match (of_this, &answer.failed) {
+                (true, None) => {
+                    self.acked_early.insert(answer.serial);
+                }
+                (true, Some(_)) => {
+                    self.refused_early.insert(answer.serial);
+                }
+                (false, _) => of_others.push(answer),
+            }
+        }
+        for answer in of_others {
+            // To be looked at in its turn.
+            let _ = self.to_answers.send(answer);
+        }
+        batch.acks.take_back();
     }
 
     async fn offer_once(&mut self, batch: &Batch) -> Result<(), FailureCause> {
@@ -412,16 +488,19 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
     /// not acknowledged in time, or failed, is read again.
     pub(super) async fn settle_acks(&mut self, limit: Duration) {
         let give_up = Instant::now() + limit;
-        let mut failed = 0;
-        while self.unacked.len() > failed {
+        let mut awaited = self.unacked.values().filter(|unacked| !unacked.failed).count();
+        while awaited > 0 {
             match tokio::time::timeout_at(give_up, self.answers.recv()).await {
                 Ok(Some(Answer { serial, failed: None })) => {
-                    if self.unacked.remove(&serial).is_some() {
+                    if let Some(unacked) = self.unacked.remove(&serial) {
                         self.tracker.finish(serial);
+                        awaited -= usize::from(!unacked.failed);
                     }
                 }
                 Ok(Some(Answer { serial, failed: Some(_) })) => {
-                    failed += usize::from(self.unacked.contains_key(&serial));
+                    if let Some(unacked) = self.unacked.get_mut(&serial) {
+                        awaited -= usize::from(!std::mem::replace(&mut unacked.failed, true));
+                    }
                 }
                 Ok(None) | Err(_) => break,
             }

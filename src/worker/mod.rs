@@ -7,6 +7,7 @@
 //! ```
 
 mod delivery;
+mod messages;
 mod settings;
 mod shard_task;
 mod signal;
@@ -31,16 +32,17 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-pub use settings::{Load, StartPosition, WorkerBuilder};
+pub use messages::{Messages, Poller, Received};
+pub use settings::{Load, MaxCheckpointAge, StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
 pub use watchdog::OnStuck;
 
 use crate::{
-    aws::AwsErrorKind,
+    checkpoint::{StateError, StateStore},
     handler::{DeadLetterError, DeadLetterStore, Handler},
     lease::{
-        self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, Looked,
-        dynamodb::LeaseTable,
+        self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, LeaseStore, Looked,
+        MemoryTable, dynamodb::LeaseTable,
     },
     shard::ShardId,
     source::{SourceError, Streams},
@@ -64,7 +66,8 @@ const WATCH_AT_LEAST_EVERY: Duration = Duration::from_secs(5);
 /// Made by [`Worker::builder`]; runs until it is told to stop.
 pub struct Worker<F> {
     streams: Streams,
-    table: LeaseTable,
+    leases: Leases,
+    state: Option<Arc<StateStore>>,
     letters: Arc<DeadLetterStore>,
     settings: Settings,
     make_handler: F,
@@ -88,6 +91,8 @@ pub struct Report {
     pub skipped: u64,
     /// How often a shard was found not to get on.
     pub stuck: u64,
+    /// KPL aggregates that were left out because a user record in them belongs to another shard.
+    pub misplaced: u64,
 }
 
 /// Why a worker could not start, or stopped.
@@ -108,6 +113,9 @@ pub enum WorkerError {
         /// The time.
         start: Timestamp,
     },
+    /// A place for checkpoints is set, and that none are to be stored.
+    #[error("checkpoints are to be stored and not to be stored; choose one")]
+    CheckpointsAndNone,
     /// A stream is named twice.
     #[error("stream {stream} is named twice; name each stream once")]
     StreamTwice {
@@ -161,6 +169,28 @@ pub enum WorkerError {
         /// The handler's error.
         reason: String,
     },
+    /// Positions and state cannot be kept.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A handler has state and there is no place for it.
+    #[error(
+        "shard {shard}: the handler has state, which the lease table has no place for; keep checkpoints \
+         in S3 or in a file"
+    )]
+    NoPlaceForState {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// The state that was stored cannot be taken up, or that of the handler cannot be stored.
+    #[error("shard {shard}: the handler cannot {what} its state: {reason}; the worker stops")]
+    HandlerState {
+        /// The shard.
+        shard: ShardId,
+        /// What it was to do.
+        what: &'static str,
+        /// The handler's error.
+        reason: String,
+    },
     /// Dead letters cannot be stored.
     #[error(transparent)]
     DeadLetters(#[from] DeadLetterError),
@@ -206,6 +236,7 @@ struct Counters {
     dead_letters: AtomicU64,
     skipped: AtomicU64,
     stuck: AtomicU64,
+    misplaced: AtomicU64,
     started: Instant,
     /// When the last record was read or handled, in milliseconds after `started`.
     active_millis: AtomicU64,
@@ -221,6 +252,7 @@ impl Counters {
             dead_letters: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
             stuck: AtomicU64::new(0),
+            misplaced: AtomicU64::new(0),
             started: Instant::now(),
             active_millis: AtomicU64::new(0),
         }
@@ -245,6 +277,7 @@ impl Counters {
             dead_letters: self.dead_letters.load(Ordering::Relaxed),
             skipped: self.skipped.load(Ordering::Relaxed),
             stuck: self.stuck.load(Ordering::Relaxed),
+            misplaced: self.misplaced.load(Ordering::Relaxed),
         }
     }
 }
@@ -259,10 +292,20 @@ impl WorkerError {
     fn is_final(&self) -> bool {
         match self {
             Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
-            Self::Lease(LeaseError::Outlived { .. } | LeaseError::OtherKeys { .. }) => true,
-            Self::Lease(LeaseError::Table { source, .. }) => {
-                source.kind() == AwsErrorKind::NotFound
-            }
+            Self::Lease(
+                LeaseError::Outlived { .. }
+                | LeaseError::NoTable { .. }
+                | LeaseError::OtherKeys { .. },
+            ) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether waiting may help although nothing worked yet: the set-up is right, but AWS is away or busy.
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Source(error) => error.is_transient(),
+            Self::Lease(LeaseError::Table { source, .. }) => source.is_transient(),
             _ => false,
         }
     }
@@ -282,6 +325,14 @@ impl Worker<()> {
     }
 }
 
+/// Where the leases are.
+enum Leases {
+    /// In DynamoDB, shared by a fleet.
+    Table(LeaseTable),
+    /// In this process: it is the only worker.
+    Own(MemoryTable),
+}
+
 impl<F, H> Worker<F>
 where
     F: Fn(&ShardId) -> H,
@@ -293,6 +344,17 @@ where
         self,
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<Report, WorkerError> {
+        match &self.leases {
+            Leases::Table(table) => self.run_with(table.clone(), shutdown).await,
+            Leases::Own(table) => self.run_with(table.clone(), shutdown).await,
+        }
+    }
+
+    async fn run_with<S: LeaseStore>(
+        &self,
+        table: S,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<Report, WorkerError> {
         let mut shutdown = pin!(shutdown);
         let counters = Arc::new(Counters::new());
         let mut running = Running {
@@ -301,7 +363,7 @@ where
             tasks: JoinSet::new(),
             shards: BTreeMap::new(),
             leases: LeaseLoop::new(
-                self.table.clone(),
+                table,
                 lease::Settings {
                     worker: self.settings.worker_id.clone(),
                     max_leases: self.settings.max_leases,
@@ -315,7 +377,7 @@ where
             discover_at: None,
             failing: false,
             counters: counters.clone(),
-            worker: &self,
+            worker: self,
         };
         let idle_limit = self.settings.stop_when_idle;
         let stop = running.stop.clone();
@@ -377,6 +439,7 @@ where
             dead_letters = report.dead_letters,
             skipped = report.skipped,
             stuck = report.stuck,
+            misplaced = report.misplaced,
             "worker stopped"
         );
         result.and(stopped).map(|()| report)
@@ -384,22 +447,22 @@ where
 }
 
 /// A shard whose task runs.
-struct RunningShard {
+struct RunningShard<S> {
     id: ShardId,
-    held: Arc<HeldLease<LeaseTable>>,
+    held: Arc<HeldLease<S>>,
     activity: Arc<Activity>,
     watched: Watched,
     task: AbortHandle,
 }
 
 /// The state of a running worker.
-struct Running<'a, F> {
+struct Running<'a, F, S> {
     worker: &'a Worker<F>,
     initial: InitialPosition,
     stop: CancellationToken,
     tasks: JoinSet<Outcome>,
-    shards: BTreeMap<tokio::task::Id, RunningShard>,
-    leases: LeaseLoop<LeaseTable>,
+    shards: BTreeMap<tokio::task::Id, RunningShard<S>>,
+    leases: LeaseLoop<S>,
     /// When to ask for shards next; `None` means now.
     discover_at: Option<Instant>,
     /// Whether the last look failed, so that an outage is told once.
@@ -409,10 +472,11 @@ struct Running<'a, F> {
 
 type Joined = Result<(tokio::task::Id, Outcome), tokio::task::JoinError>;
 
-impl<F, H> Running<'_, F>
+impl<F, H, S> Running<'_, F, S>
 where
     F: Fn(&ShardId) -> H,
     H: Handler,
+    S: LeaseStore,
 {
     /// Looks at the table, starts to read what it got, and tells when to look again. An error ends the
     /// worker.
@@ -425,15 +489,17 @@ where
         self.leases.refuse(self.worker.settings.refuse_when.holds(&load));
         let span = tracing::info_span!("worker", streams = self.worker.streams.names());
         let (again_at, error) = match self.try_look().instrument(span).await {
-            Ok(Looked { again_at, error, taken }) => {
-                for held in taken {
+            Ok((looked, error)) => {
+                for held in looked.taken {
                     let shard = held.lease().await.shard;
                     self.start(shard, held, Arc::new(Activity::new()), Watched::default());
                 }
-                (again_at, error.map(WorkerError::from))
+                (looked.again_at, error)
             }
             // What never worked is a mistake in the set-up. What worked once may work again.
-            Err(error) if !had_looked || error.is_final() => return Err(error),
+            Err(error) if error.is_final() || !(had_looked || error.is_transient()) => {
+                return Err(error);
+            }
             Err(error) => (Instant::now() + LOOK_AGAIN, Some(error)),
         };
         match &error {
@@ -448,22 +514,42 @@ where
         Ok(again_at)
     }
 
-    async fn try_look(&mut self) -> Result<Looked<LeaseTable>, WorkerError> {
+    /// Looks, and tells what went wrong without making the look useless.
+    async fn try_look(&mut self) -> Result<(Looked<S>, Option<WorkerError>), WorkerError> {
         // A worker that only watches the bell leaves discovery to those that watch the table.
-        if self.leases.watches_bell() || self.discover_at.is_some_and(|at| Instant::now() < at) {
-            return Ok(self.leases.look(None).await?);
+        let due = self.discover_at.is_none_or(|at| Instant::now() >= at);
+        let listed = if due && !self.leases.watches_bell() {
+            let listed = tokio::select! {
+                listed = self.worker.streams.shards() => listed,
+                () = self.stop.cancelled() => {
+                    let looked = Looked { taken: Vec::new(), again_at: Instant::now(), error: None };
+                    return Ok((looked, None));
+                }
+            };
+            Some(listed.map_err(WorkerError::from))
+        } else {
+            None
+        };
+        let (listed, unlisted) = match listed.transpose() {
+            Ok(listed) => (listed, None),
+            // The leases that exist can be taken and handed over all the same.
+            Err(error) if self.leases.has_looked() && !error.is_final() => (None, Some(error)),
+            Err(error) => return Err(error),
+        };
+        let discovered = listed.as_deref().map(|listed| (listed, self.initial));
+        let mut looked = self.leases.look(discovered).await?;
+        if listed.is_some() {
+            self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
         }
-        let listed = self.worker.streams.shards().await?;
-        let looked = self.leases.look(Some((&listed, self.initial))).await?;
-        self.discover_at = Some(Instant::now() + DISCOVERY_INTERVAL);
-        Ok(looked)
+        let error = looked.error.take().map(WorkerError::from);
+        Ok((looked, unlisted.or(error)))
     }
 
     /// Starts to read a shard, for the first time or again.
     fn start(
         &mut self,
         id: ShardId,
-        held: Arc<HeldLease<LeaseTable>>,
+        held: Arc<HeldLease<S>>,
         activity: Arc<Activity>,
         mut watched: Watched,
     ) {
@@ -481,6 +567,7 @@ where
             counters: self.counters.clone(),
             settings: self.worker.settings.clone(),
             letters: self.worker.letters.clone(),
+            state: self.worker.state.clone(),
         };
         self.counters.note_activity();
         activity.enter(Step::Opens);
@@ -527,7 +614,7 @@ where
 
     /// Goes on with a shard whose task was dropped because it did not get on. Tells whether to look at
     /// the table at once.
-    fn dropped(&mut self, shard: RunningShard) -> bool {
+    fn dropped(&mut self, shard: RunningShard<S>) -> bool {
         let RunningShard { id, held, activity, watched, .. } = shard;
         if !held.is_valid() || self.stop.is_cancelled() {
             self.leases.done(&id);
@@ -600,7 +687,7 @@ where
     /// Whether every shard has been at its tip for `limit`; one that stopped because of a failure does
     /// not count.
     fn is_idle(&self, limit: Duration) -> bool {
-        let is_parked = |shard: &RunningShard| shard.activity.now().step == Step::Parked;
+        let is_parked = |shard: &RunningShard<S>| shard.activity.now().step == Step::Parked;
         self.leases.has_looked()
             && !self.leases.unattended()
             && self.shards.values().all(|shard| is_parked(shard) || shard.held.is_caught_up())
@@ -610,7 +697,8 @@ where
     /// Whether every shard that is read here stopped because of a failure: there is nothing left to do.
     fn all_parked(&self) -> bool {
         let mut steps = self.shards.values().map(|shard| shard.activity.now().step);
-        !self.shards.is_empty() && steps.all(|step| step == Step::Parked)
+        let nothing_else = !self.shards.is_empty() && steps.all(|step| step == Step::Parked);
+        nothing_else && !self.leases.may_take_more()
     }
 
     async fn stop(mut self) -> Result<(), WorkerError> {

@@ -2,11 +2,13 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use aws_types::SdkConfig;
 use jiff::Timestamp;
+use tokio::time::Instant;
 
-use super::{OnStuck, Worker, WorkerError};
+use super::{Leases, OnStuck, Worker, WorkerError};
 use crate::{
+    checkpoint::{Checkpoints, StateError, StateStore, Writer},
     handler::{DeadLetters, Handler, OnFailure, Retries, Tolerance},
-    lease::{InitialPosition, dynamodb::LeaseTable},
+    lease::{InitialPosition, Lease, MemoryTable, dynamodb::LeaseTable},
     ocs::ServiceDay,
     shard::ShardId,
     source::{Retrieval, Streams},
@@ -41,8 +43,29 @@ impl StartPosition {
     }
 }
 
+/// How long a worker that is just ending may keep the file with the state from its successor.
+const PREDECESSOR_LIMIT: Duration = Duration::from_secs(5);
 /// As good as no limit, and small enough to be added to any time.
 const A_YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// How old the record of a checkpoint may be to go on from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MaxCheckpointAge {
+    /// Of the current service day: what is from before its start is replaced by its start.
+    ServiceDay,
+    /// This old: what is older is replaced by that time.
+    Age(Duration),
+}
+
+impl MaxCheckpointAge {
+    /// The oldest time to go on from, at `now`.
+    pub(super) fn oldest(self, now: Timestamp) -> Timestamp {
+        match self {
+            Self::ServiceDay => ServiceDay::default().start(now),
+            Self::Age(age) => now.checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH),
+        }
+    }
+}
 
 /// What a worker has to carry, for [`WorkerBuilder::refuse_leases_when`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +101,7 @@ pub(super) struct Settings {
     pub tolerance: Option<Tolerance>,
     pub max_unacked: usize,
     pub until: Option<Timestamp>,
+    pub max_checkpoint_age: Option<MaxCheckpointAge>,
     pub start: StartPosition,
     pub max_leases: usize,
     pub refuse_when: RefuseWhen,
@@ -100,6 +124,8 @@ pub struct WorkerBuilder<F> {
     on_failure: Option<OnFailure>,
     retrieval: Retrieval,
     dead_letters: DeadLetters,
+    checkpoints: Checkpoints,
+    no_checkpoint: bool,
     settings: Settings,
     make_handler: F,
 }
@@ -114,6 +140,8 @@ impl WorkerBuilder<()> {
             on_failure: None,
             retrieval: Retrieval::default(),
             dead_letters: DeadLetters::stderr(),
+            checkpoints: Checkpoints::default(),
+            no_checkpoint: false,
             settings: Settings {
                 application: String::new(),
                 retries: Retries::default(),
@@ -121,6 +149,7 @@ impl WorkerBuilder<()> {
                 tolerance: None,
                 max_unacked: 10_000,
                 until: None,
+                max_checkpoint_age: None,
                 worker_id: default_worker_id(),
                 start: StartPosition::default(),
                 max_leases: usize::MAX,
@@ -152,6 +181,8 @@ impl WorkerBuilder<()> {
             on_failure: self.on_failure,
             retrieval: self.retrieval,
             dead_letters: self.dead_letters,
+            checkpoints: self.checkpoints,
+            no_checkpoint: self.no_checkpoint,
             settings: self.settings,
             make_handler,
         }
@@ -164,6 +195,11 @@ impl<F> WorkerBuilder<F> {
     /// or its streams would be started over. What differs is refused at the start.
     pub fn and_stream(mut self, name: impl Into<String>) -> Self {
         self.streams.push(name.into());
+        self
+    }
+
+    pub(super) fn without_time_limit(mut self) -> Self {
+        self.settings.retries.time_limit = None;
         self
     }
 
@@ -281,6 +317,31 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
+    /// Where checkpoints are kept, with the state of handlers if they have any
+    /// ([`Handler::snapshot`]). Default: the lease table.
+    ///
+    /// An S3 object or a file without `{shard}` in its name holds every shard, and is for one worker, which
+    /// needs no lease table. With `{shard}`, a fleet shares the stream by a lease table.
+    pub fn checkpoints(mut self, place: Checkpoints) -> Self {
+        self.checkpoints = place;
+        self
+    }
+
+    /// Stores nothing, in no place: each run begins at the start position, and reads every shard alone,
+    /// whoever else does. Needs no lease table.
+    pub fn no_checkpoint(mut self) -> Self {
+        self.no_checkpoint = true;
+        self
+    }
+
+    /// Does not go on from a checkpoint whose record is older than this, but from there: for a service to
+    /// which what is older says nothing. The handler's state is then left behind too. Costs a
+    /// GetShardIterator and a GetRecords when a shard is opened. Default: off.
+    pub fn max_checkpoint_age(mut self, age: MaxCheckpointAge) -> Self {
+        self.settings.max_checkpoint_age = Some(age);
+        self
+    }
+
     /// How often progress is stored: what was handled since comes again after a crash. At the end of a
     /// shard and at a stop it is stored in any case. Default: 5 s.
     pub fn checkpoint_interval(mut self, interval: Duration) -> Self {
@@ -325,10 +386,33 @@ impl<F> WorkerBuilder<F> {
         }
         let streams = Streams::new(&self.config, &self.streams, self.retrieval);
         let name = self.lease_table.unwrap_or_else(|| self.application.clone());
+        if self.no_checkpoint && self.checkpoints != Checkpoints::default() {
+            return Err(WorkerError::CheckpointsAndNone);
+        }
         // By the rules of CreateTable and RegisterStreamConsumer, before either is called.
         check_name("a lease table", &name, 3, 255)?;
         check_name("an application", &self.application, 1, 128)?;
-        let table = LeaseTable::new(&self.config, name);
+        let state = StateStore::new(
+            &self.config,
+            &self.checkpoints,
+            Writer {
+                application: self.application.clone(),
+                stream: streams.names(),
+                worker: self.settings.worker_id.clone(),
+            },
+        )?;
+        // Where one document holds everything, or nothing is stored, this is the only worker.
+        let shared = match &self.checkpoints {
+            _ if self.no_checkpoint => None,
+            place if state.is_some() && !place.is_per_shard() => None,
+            _ => Some(LeaseTable::new(&self.config, name)),
+        };
+        let ensured = async {
+            match &shared {
+                Some(table) => table.ensure().await,
+                None => Ok(()),
+            }
+        };
         let mut settings = self.settings;
         settings.application = self.application;
         settings.on_failure = self.on_failure.unwrap_or(match self.dead_letters.is_stderr() {
@@ -337,15 +421,52 @@ impl<F> WorkerBuilder<F> {
         });
         let (opened, ensured, letters) = tokio::join!(
             streams.open(&settings.application),
-            table.ensure(),
+            ensured,
             self.dead_letters.open(&self.config)
         );
         opened?;
         ensured?;
         let letters = Arc::new(letters?);
-        let table = table.of_streams(streams.identifiers());
-        Ok(Worker { streams, table, letters, settings, make_handler: self.make_handler })
+        let leases = match shared {
+            Some(table) => Leases::Table(table.of_streams(streams.identifiers())),
+            None => Leases::Own(own_leases(&streams, state.as_ref()).await?),
+        };
+        let state = state.map(Arc::new);
+        Ok(Worker { streams, leases, state, letters, settings, make_handler: self.make_handler })
     }
+}
+
+/// Leases of the shards that are stored in a document, at the place that was reached.
+async fn own_leases(
+    streams: &Streams,
+    state: Option<&StateStore>,
+) -> Result<MemoryTable, WorkerError> {
+    let table = MemoryTable::default();
+    let Some(state) = state else { return Ok(table) };
+    let give_up = Instant::now() + PREDECESSOR_LIMIT;
+    let saved = loop {
+        match state.load().await {
+            Err(StateError::Locked { .. }) if Instant::now() < give_up => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            loaded => break loaded?,
+        }
+    };
+    let listed = streams.shards().await?;
+    // What the stream does not list any more has expired.
+    for shard in &listed {
+        let Some(saved) = saved.get(&shard.id) else { continue };
+        let Some(checkpoint) = saved.checkpoint.clone() else { continue };
+        let followers = listed.iter().filter(|other| other.parents.contains(&shard.id));
+        let lease = Lease {
+            // A later owner has a higher one: the document knows its owners by it.
+            counter: saved.lease_counter,
+            children: followers.map(|child| child.id.clone()).collect(),
+            ..Lease::new(shard, checkpoint, saved.start_at)
+        };
+        table.set(&shard.id, Some(lease));
+    }
+    Ok(table)
 }
 
 fn check_name(

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use jiff::Timestamp;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -17,7 +18,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
-    checkpoint::{Checkpoint, Position},
+    checkpoint::{Checkpoint, Position, Saved, ShardState, StateError, StateStore},
     handler::{
         DeadLetter, DeadLetterStore, Handler, Kind, Place as DeadLetterPlace, RecordPlace,
         StopReason, Tenure,
@@ -26,11 +27,11 @@ use crate::{
         self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, whole_millis,
     },
     record::{ShardName, unpack},
-    shard::{ChildShard, Shard},
+    shard::{ChildShard, SequenceNumber, Shard},
     source::{Failing, Place, Prefetch, Read, ShardReader, Stream},
 };
 
-/// How often a shard that stopped because of a failure is told again.
+/// How often a lasting failure is told again.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 pub(super) struct ShardTask<S> {
@@ -42,6 +43,7 @@ pub(super) struct ShardTask<S> {
     pub counters: Arc<Counters>,
     pub settings: Settings,
     pub letters: Arc<DeadLetterStore>,
+    pub state: Option<Arc<StateStore>>,
 }
 
 /// How the reading of a shard came to its end.
@@ -87,7 +89,12 @@ struct Progress {
     /// The last finished record by the checkpoint that reading began with, or by the last one that was
     /// stored.
     stored: Option<Position>,
+    /// Whether the last attempt to store it failed, so that an outage is told once.
+    failing: bool,
     next_checkpoint: Instant,
+    told_misplaced: bool,
+    /// Where positions and state are kept, if not in the lease table.
+    state: Option<ShardState>,
 }
 
 impl<S: LeaseStore> ShardTask<S> {
@@ -104,7 +111,10 @@ impl<S: LeaseStore> ShardTask<S> {
                 Checkpoint::At(position) => Some(position.clone()),
                 _ => None,
             },
+            failing: false,
             next_checkpoint: Instant::now() + self.settings.checkpoint_interval,
+            told_misplaced: false,
+            state: None,
         };
         let mut delivery = Delivery::new(
             handler,
@@ -176,9 +186,10 @@ impl<S: LeaseStore> ShardTask<S> {
         let name = Arc::new(ShardName {
             stream: self.stream.shared_name(),
             shard: lease.shard.name().into(),
+            hash_key_range: lease.hash_key_range,
         });
         let interrupt = match self.read_on(&lease, &name, delivery, progress).await {
-            Ok(children) => self.end(children).await.err(),
+            Ok(children) => self.end(children, delivery, progress).await.err(),
             Err(interrupt) => Some(interrupt),
         };
         let Some(interrupt) = interrupt else {
@@ -211,14 +222,14 @@ impl<S: LeaseStore> ShardTask<S> {
             (Ok(()), Interrupt::Asked) => Outcome::HandedOver,
             (Ok(()), Interrupt::WindowEnd) => Outcome::WindowEnd,
             (released, Interrupt::Failed(error)) => {
-                if let Err(lease_error) = released {
+                if let Err(Interrupt::Failed(lease_error)) = released {
                     tracing::warn!("lease not released: {lease_error}");
                 }
                 Outcome::Failed(error)
             }
             (Ok(()), _) => Outcome::Stopped,
-            (Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }), _) => Outcome::Lost,
-            (Err(error), _) => Outcome::Failed(error.into()),
+            (Err(Interrupt::Failed(error)), _) => Outcome::Failed(error),
+            (Err(_), _) => Outcome::Lost,
         }
     }
 
@@ -265,8 +276,28 @@ impl<S: LeaseStore> ShardTask<S> {
             () = self.held.usable() => {}
         }
         self.activity.enter(Step::Opens);
-        let place = self.place(lease).await?;
+        let kept = self.open_state(lease, progress).await?;
+        let lease =
+            &match kept.as_ref().and_then(|saved| saved.checkpoint.clone().zip(kept.as_ref())) {
+                Some((checkpoint, saved)) => {
+                    Lease { checkpoint, start_at: saved.start_at, ..lease.clone() }
+                }
+                None => lease.clone(),
+            };
+        let oldest = self.oldest_to_go_on_from(lease).await?;
+        let place = match oldest {
+            Some(oldest) => {
+                progress.stored = None;
+                Place::Time(oldest)
+            }
+            None => self.place(lease, progress).await?,
+        };
         tracing::debug!(%place, "reading");
+        if let Some(state) = kept.and_then(|kept| kept.state).filter(|_| oldest.is_none())
+            && let Err(error) = delivery.handler.restore(&state)
+        {
+            return Err(self.handler_state(lease, "take up", error.to_string()));
+        }
         let tenure = Tenure {
             shard: lease.shard.clone(),
             lease_counter: lease.counter,
@@ -322,9 +353,106 @@ impl<S: LeaseStore> ShardTask<S> {
         }
     }
 
+    /// Opens the shard's place in the store of positions and state, and gives what is kept there.
+    async fn open_state(
+        &self,
+        lease: &Lease,
+        progress: &mut Progress,
+    ) -> Result<Option<Saved>, Interrupt> {
+        let Some(store) = &self.state else { return Ok(None) };
+        let opened = self.until_it_works(|| store.open(&lease.shard, lease.counter)).await?;
+        let (state, saved) = opened;
+        progress.state = Some(state);
+        if let Some(checkpoint) = &saved.checkpoint {
+            progress.stored = match checkpoint {
+                Checkpoint::At(position) => Some(position.clone()),
+                _ => None,
+            };
+        }
+        Ok(Some(saved))
+    }
+
+    async fn save(
+        &self,
+        state: &ShardState,
+        checkpoint: &Checkpoint,
+        start_at: Option<Timestamp>,
+        snapshot: Option<Vec<u8>>,
+    ) -> Result<(), Interrupt> {
+        self.activity.enter(Step::Checkpoints);
+        let snapshot = snapshot.map(Bytes::from);
+        self.until_it_works(|| state.save(checkpoint, start_at, snapshot.clone())).await
+    }
+
+    /// Tries again while waiting may help and the lease is ours.
+    async fn until_it_works<T, A>(&self, attempt: impl Fn() -> A) -> Result<T, Interrupt>
+    where
+        A: Future<Output = Result<T, StateError>>,
+    {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut told = false;
+        loop {
+            match attempt().await {
+                Ok(done) => return Ok(done),
+                Err(error) if error.is_transient() && self.held.is_valid() => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!("{error}; trying again while the lease is ours");
+                    }
+                    tokio::time::sleep(backoff.next_wait()).await;
+                }
+                Err(error) => return Err(Interrupt::Failed(error.into())),
+            }
+        }
+    }
+
+    /// The handler's state, if it has any.
+    async fn snapshot<H: Handler>(
+        &self,
+        delivery: &mut Delivery<H, S>,
+    ) -> Result<Option<Vec<u8>>, Interrupt> {
+        let snapshot = match delivery.handler.snapshot() {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                let lease = self.held.lease().await;
+                return Err(self.handler_state(&lease, "give", error.to_string()));
+            }
+        };
+        if snapshot.is_some() && self.state.is_none() {
+            let shard = self.held.lease().await.shard;
+            return Err(Interrupt::Failed(WorkerError::NoPlaceForState { shard }));
+        }
+        Ok(snapshot)
+    }
+
+    fn handler_state(&self, lease: &Lease, what: &'static str, reason: String) -> Interrupt {
+        let shard = lease.shard.clone();
+        Interrupt::Failed(WorkerError::HandlerState { shard, what, reason })
+    }
+
+    /// Where to go on instead of at the checkpoint, if that is older than it may be.
+    async fn oldest_to_go_on_from(&self, lease: &Lease) -> Result<Option<Timestamp>, Interrupt> {
+        let (Some(age), Checkpoint::At(position)) =
+            (self.settings.max_checkpoint_age, &lease.checkpoint)
+        else {
+            return Ok(None);
+        };
+        let oldest = age.oldest(Timestamp::now());
+        let place = Place::At(position.sequence_number.clone());
+        let found = self.stream.lag(&lease.shard, &place, Timestamp::now()).await;
+        let found = found.map_err(|error| Interrupt::Failed(error.into()))?;
+        let too_old = found.finished_arrived_at.is_some_and(|at| at < oldest);
+        if too_old {
+            tracing::warn!(
+                checkpoint = %lease.checkpoint, %oldest,
+                "the checkpoint is older than it may be: reading goes on with what arrived from then on"
+            );
+        }
+        Ok(too_old.then_some(oldest))
+    }
+
     /// Where to start, by the lease. What the lease's checkpoint does not make concrete is made so and
     /// written down before the first read.
-    async fn place(&self, lease: &Lease) -> Result<Place, Interrupt> {
+    async fn place(&self, lease: &Lease, progress: &Progress) -> Result<Place, Interrupt> {
         let start_at = match (&lease.checkpoint, lease.start_at, self.initial) {
             (Checkpoint::At(position), ..) => {
                 return Ok(Place::At(position.sequence_number.clone()));
@@ -343,6 +471,9 @@ impl<S: LeaseStore> ShardTask<S> {
         };
         let start_at = whole_millis(start_at);
         self.held.write_surely(&Change::Pin { start_at }).await?;
+        if let Some(state) = &progress.state {
+            self.save(state, &lease.checkpoint, Some(start_at), None).await?;
+        }
         match lease.checkpoint {
             Checkpoint::Latest => Ok(Place::Latest),
             _ => Ok(Place::Time(start_at)),
@@ -362,26 +493,31 @@ impl<S: LeaseStore> ShardTask<S> {
         let (mut messages, mut letters) = (Vec::new(), Vec::new());
         let mut read_to = None;
         for record in read.records.drain(..) {
-            let position = Position {
-                sequence_number: record.sequence_number.clone(),
-                sub_sequence_number: 0,
+            let (number, arrived_at) = (record.sequence_number.clone(), record.arrived_at);
+            // Reading starts at the checkpoint. An aggregate may be finished in part.
+            let checkpoint = match &progress.stored {
+                Some(finished) if number < finished.sequence_number => continue,
+                Some(finished) if number == finished.sequence_number => {
+                    Some(finished.sub_sequence_number)
+                }
+                _ => None,
             };
-            if progress.stored.as_ref().is_some_and(|finished| position <= *finished) {
-                continue; // Reading starts at the checkpoint, which is finished.
-            }
-            let (partition_key, arrived_at) = (record.partition_key.clone(), record.arrived_at);
             let mut undecodable = Vec::new();
-            unpack(name, record, &mut messages, &mut undecodable);
+            let unpacked = unpack(name, record, checkpoint, &mut messages, &mut undecodable);
+            let Some(unpacked) = unpacked else { continue };
+            if unpacked.misplaced {
+                self.note_misplaced(&number, progress);
+            }
             letters.extend(undecodable.into_iter().map(|part| DeadLetter {
                 kind: Kind::Undecodable,
                 reason: part.reason,
                 place: DeadLetterPlace::Record(RecordPlace {
                     stream: name.stream.to_string(),
                     shard: name.shard.as_str().to_owned(),
-                    sequence_number: position.sequence_number.clone(),
-                    user_record: None,
+                    sequence_number: number.clone(),
+                    user_record: part.user_record,
                     sub_sequence_number: part.sub_sequence_number,
-                    partition_key: partition_key.clone(),
+                    partition_key: part.partition_key,
                     arrived_at,
                 }),
                 attempts: 0,
@@ -391,7 +527,8 @@ impl<S: LeaseStore> ShardTask<S> {
                 data: part.data,
             }));
             self.counters.records.fetch_add(1, Ordering::Relaxed);
-            read_to = Some(position);
+            let sub_sequence_number = unpacked.sub_sequence_number();
+            read_to = Some(Position { sequence_number: number, sub_sequence_number });
         }
         if let Some(read_to) = read_to {
             self.counters.note_activity();
@@ -411,6 +548,19 @@ impl<S: LeaseStore> ShardTask<S> {
         }
     }
 
+    /// Notes a KPL aggregate that was left out, and says so once for the shard.
+    fn note_misplaced(&self, number: &SequenceNumber, progress: &mut Progress) {
+        self.counters.misplaced.fetch_add(1, Ordering::Relaxed);
+        if !std::mem::replace(&mut progress.told_misplaced, true) {
+            tracing::warn!(
+                sequence_number = %number,
+                "a KPL aggregate has user records of another shard: left out, as the KCL does. The KPL puts \
+                 them again by itself after a resharding; if another library made it, they are lost: let it \
+                 aggregate by shard, or put records one by one. Said once for this shard"
+            );
+        }
+    }
+
     /// Stores how far the shard is finished. A table that does not answer only makes the checkpoint
     /// later.
     async fn checkpoint<H: Handler>(
@@ -422,14 +572,29 @@ impl<S: LeaseStore> ShardTask<S> {
         let Some(position) = progress.unstored(delivery) else { return Ok(()) };
         self.activity.enter(Step::Checkpoints);
         let checkpoint = Checkpoint::At(position.clone());
+        if progress.state.is_some() && delivery.outstanding() > 0 {
+            // The handler's state is that of more than is finished: it is stored when both agree.
+            return Ok(());
+        }
+        let snapshot = self.snapshot(delivery).await?;
+        if let Some(state) = &progress.state {
+            self.save(state, &checkpoint, None, snapshot).await?;
+            progress.stored = Some(position);
+            return Ok(());
+        }
         match self.held.write(&Change::Checkpoint { checkpoint }).await {
             Ok(()) => {
                 progress.stored = Some(position);
+                if std::mem::take(&mut progress.failing) {
+                    tracing::info!("checkpoint stored again");
+                }
                 Ok(())
             }
             Err(LeaseError::Lost { .. } | LeaseError::Gone { .. }) => Err(Interrupt::Lost),
             Err(error) => {
-                tracing::warn!("checkpoint not stored: {error}; trying again");
+                if !std::mem::replace(&mut progress.failing, true) {
+                    tracing::warn!("checkpoint not stored: {error}; trying again");
+                }
                 Ok(())
             }
         }
@@ -438,9 +603,13 @@ impl<S: LeaseStore> ShardTask<S> {
     async fn release<H: Handler>(
         &self,
         delivery: &mut Delivery<H, S>,
-        progress: &Progress,
-    ) -> Result<(), LeaseError> {
-        let checkpoint = progress.unstored(delivery).map(Checkpoint::At);
+        progress: &mut Progress,
+    ) -> Result<(), Interrupt> {
+        if progress.state.is_some() {
+            self.checkpoint(delivery, progress).await?;
+        }
+        let unstored = progress.unstored(delivery).filter(|_| progress.state.is_none());
+        let checkpoint = unstored.map(Checkpoint::At);
         self.held.write_surely(&Change::Release { checkpoint }).await?;
         tracing::info!("lease released");
         Ok(())
@@ -448,15 +617,40 @@ impl<S: LeaseStore> ShardTask<S> {
 
     /// Gives the following shards their leases, and then marks this one finished: in this order, so
     /// that a crash between the two repeats the first and loses nothing.
-    async fn end(&self, children: Vec<ChildShard>) -> Result<(), Interrupt> {
+    async fn end<H: Handler>(
+        &self,
+        children: Vec<ChildShard>,
+        delivery: &mut Delivery<H, S>,
+        progress: &mut Progress,
+    ) -> Result<(), Interrupt> {
         self.activity.enter(Step::Ends);
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
-        while let Err(error) = self.create_children(&children).await {
-            tracing::warn!("{error}; trying again while the lease is ours");
-            tokio::time::sleep(backoff.next_wait()).await;
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(Interrupt::Stopped),
+            () = self.held.asked() => return Err(Interrupt::Asked),
+            () = self.create_children_surely(&children) => {}
+        }
+        if let Some(state) = &progress.state {
+            let snapshot = self.snapshot(delivery).await?;
+            self.save(state, &Checkpoint::ShardEnd, None, snapshot).await?;
         }
         let children = children.into_iter().map(|child| child.id).collect();
         Ok(self.held.write_surely(&Change::End { children }).await?)
+    }
+
+    async fn create_children_surely(&self, children: &[ChildShard]) {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut remind_at = Instant::now();
+        while let Err(error) = self.create_children(children).await {
+            if Instant::now() >= remind_at {
+                remind_at = Instant::now() + REMINDER_INTERVAL;
+                tracing::warn!(
+                    "the shard is read to its end, but the shards that follow it have no leases yet: \
+                     {error}; trying again until it works"
+                );
+            }
+            tokio::time::sleep(backoff.next_wait()).await;
+        }
     }
 
     /// Creates the leases that the stream's shards ought to have, those of the children among them. Not

@@ -4,7 +4,10 @@ Reading order: `SCENARIOS` at the end, then a scenario, then what it uses.
 """
 
 import argparse
+import base64
 import datetime
+import gzip
+import hashlib
 import http.client
 import json
 import os
@@ -128,11 +131,12 @@ class Process:
 class Servers:
     """One Kinesis with one DynamoDB, and what the scenarios do with them."""
 
-    def __init__(self, name, kinesis, dynamodb, tramline, folder, kcl=None):
+    def __init__(self, name, kinesis, dynamodb, tramline, folder, kcl=None, aggregators=None):
         self.name = name
         self.urls = {"kinesis": kinesis, "dynamodb": dynamodb}
         self.program = tramline
         self.kcl_folder = kcl
+        self.aggregators = aggregators
         self.folder = folder
         self.passed = self.failed = 0
         self.env = BARE_ENV | {
@@ -634,7 +638,156 @@ def side_by_side(servers):
     fleet.check_calm()
 
 
+def event(number, text):
+    """A CloudEvent with one OCS message."""
+    return {
+        "data": {"raw": f"{number},DIAG,12:00:00,{text}"}, "id": f"id-{number}", "partitionkey": "k", "source": "s",
+        "sourceip": "", "specversion": "1.0", "time": "2024-05-08T16:00:00Z", "type": "com.mbta.ocs.raw_message",
+    }
+
+
+def batch(*events):
+    """The same messages in one event."""
+    messages = [{"id": one["id"], "raw": one["data"]["raw"], "time": one["time"]} for one in events]
+    return event(0, "") | {"data": {"messages": messages}, "type": "com.mbta.ocs.raw_message_batch"}
+
+
+def encoded(value):
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+class UserRecord(NamedTuple):
+    """A part of a KPL aggregate, and the events that must come out of it."""
+
+    key: str
+    data: bytes
+    events: list
+    hash_key: str | None = None
+
+
+def aggregate(servers, library, aggregates):
+    """Each list of user records as the data of one record, made by a library of AWS."""
+    wanted = [
+        [
+            {"key": record.key, "data": base64.b64encode(record.data).decode()}
+            | ({"hash_key": record.hash_key} if record.hash_key else {})
+            for record in user_records
+        ]
+        for user_records in aggregates
+    ]
+    done = subprocess.run(
+        servers.aggregators[library], input=encoded(wanted), capture_output=True, env=BARE_ENV, timeout=LIMIT,
+    )
+    if done.returncode:
+        raise GaveUp(f"{library} did not aggregate: {done.stderr.decode(errors='replace')[-500:]}")
+    return [base64.b64decode(data) for data in json.loads(done.stdout)]
+
+
+def put(servers, stream, key, data):
+    """Puts a record and gives its sequence number."""
+    record = {"StreamName": stream, "PartitionKey": key, "Data": base64.b64encode(data).decode()}
+    return servers.call("kinesis", "PutRecord", **record)["SequenceNumber"]
+
+
+def consumed(servers, stream, app):
+    """What one run of `consume` writes, and the run: each message with its place, key and event."""
+    consumer = servers.tramline(
+        "consume", "--stream", stream, "--app", app, "--exit-when-idle", "2s", "--format", "json",
+    )
+    servers.check_exit(consumer, consumer.exit_code(), 0, f"consume reads {stream}")
+    lines = [json.loads(line) for line in consumer.stdout().splitlines()]
+    places = ["sequence_number", "sub_sequence_number", "partition_key", "event"]
+    return [tuple(line[name] for name in places) for line in lines], consumer
+
+
+def numbered(sequence_number, user_records):
+    """The messages that must come out of an aggregate, as `consumed` gives them."""
+    found = []
+    for record in user_records:
+        for one in record.events:
+            found.append((sequence_number, len(found), record.key, one))
+    return found
+
+
+def aggregates(servers):
+    """KPL aggregates that AWS's own libraries make come out message by message."""
+    for library in servers.aggregators:
+        one, two, *three = [event(number, library) for number in range(1, 9)]
+        first = [
+            UserRecord("a", encoded(one), [one]),
+            UserRecord("key {b}", encoded([two, three[0]]), [two, three[0]]),
+            UserRecord("a", gzip.compress(encoded([three[1]])), [three[1]]),
+            UserRecord("ü", encoded(batch(three[2], three[3])), [three[2], three[3]]),
+        ]
+        second = [
+            UserRecord("c", encoded(three[4]), [three[4]], hash_key="17"),
+            UserRecord("d", encoded(three[5]), [three[5]], hash_key="340282366920938463463374607431768211455"),
+        ]
+        plain = event(100, library)
+
+        stream, app = servers.create_stream(f"aggregates-{library}", 1), f"aggregates-{library}-app"
+        data = aggregate(servers, library, [first, second])
+        numbers = [
+            put(servers, stream, "a", data[0]),
+            put(servers, stream, "plain", encoded([plain])),
+            put(servers, stream, "c", data[1]),
+        ]
+        rest = [(numbers[1], 0, "plain", plain), *numbered(numbers[2], second)]
+        check_consumed(servers, stream, app, numbered(numbers[0], first) + rest, f"{library}: all user records come")
+        at = checkpoint(servers, app)
+        servers.check(at == (numbers[2], "1"), f"{library}: the checkpoint is the last user record", detail=str(at))
+
+        # Where the KCL would stop after its second user record.
+        servers.call(
+            "dynamodb", "UpdateItem", TableName=app, Key={"leaseKey": {"S": servers.leases(app)[0]["leaseKey"]["S"]}},
+            UpdateExpression="SET checkpoint = :number, checkpointSubSequenceNumber = :sub",
+            ExpressionAttributeValues={":number": {"S": numbers[0]}, ":sub": {"N": "1"}},
+        )
+        wanted = numbered(numbers[0], first)[3:] + rest
+        check_consumed(servers, stream, app, wanted, f"{library}: a stop inside an aggregate is continued there")
+
+        check_misplaced(servers, library)
+
+
+def check_consumed(servers, stream, app, wanted, what):
+    found, consumer = consumed(servers, stream, app)
+    servers.check(found == wanted, what, consumer, f"wanted {wanted}, came {found}")
+
+
+def checkpoint(servers, app):
+    [lease] = servers.leases(app)
+    return lease["checkpoint"]["S"], lease["checkpointSubSequenceNumber"]["N"]
+
+
+def check_misplaced(servers, library):
+    """An aggregate with a user record of another shard is left out, as the KCL does, and that is said."""
+    stream = servers.create_stream(f"misplaced-{library}", 2)
+    # The keys of the two shards: of two, each has half of the hash keys.
+    low, high = (
+        next(key for key in map(str, range(100)) if (hashlib.md5(key.encode()).digest()[0] >= 128) == upper)
+        for upper in (False, True)
+    )
+    kept, lost = event(1, library), event(2, library)
+    whole = UserRecord(low, encoded(kept), [kept])
+    foreign = UserRecord(high, encoded(lost), [lost])
+    mixed, ours = aggregate(servers, library, [[whole, foreign], [whole, whole]])
+    put(servers, stream, low, mixed)
+    put(servers, stream, low, mixed)
+    number = put(servers, stream, low, ours)
+    found, consumer = consumed(servers, stream, f"misplaced-{library}-app")
+    servers.check(
+        found == numbered(number, [whole, whole]), f"{library}: an aggregate of two shards is left out", consumer,
+        f"came {found}",
+    )
+    said = consumer.stderr()
+    servers.check(
+        said.count("user records of another shard") == 1 and "misplaced=2" in said,
+        f"{library}: it is said once for the shard, and counted", consumer,
+    )
+
+
 SCENARIOS = [delivery, fan_out_only, killed, latest]
+AGGREGATE_SCENARIOS = [aggregates]
 KCL_SCENARIOS = [relay, side_by_side]
 
 
@@ -725,19 +878,34 @@ def start_all(arguments, tramline, folder):
             missing.append(f"{name}: {error}; delete tests/interop/.cache to install it anew")
     if arguments.kcl is None:
         missing.append("the Java KCL: it could not be built, see above")
-    else:
-        try:
-            urls["local"], urls["local-dynamodb"], process = start_local(tramline, folder)
-            processes.append(process)
-        except GaveUp as error:
-            missing.append(f"tramline local: {error}")
+    try:
+        urls["local"], urls["local-dynamodb"], process = start_local(tramline, folder)
+        processes.append(process)
+    except GaveUp as error:
+        missing.append(f"tramline local: {error}")
     return urls, processes, missing
+
+
+def find_aggregators(arguments):
+    """The commands that aggregate, and why others are missing."""
+    scripts = os.path.join(os.path.dirname(os.path.abspath(__file__)), "aggregate")
+    modules = arguments.node_modules
+    commands = {
+        "python": arguments.python and [arguments.python, f"{scripts}/aggregate.py"],
+        "node": modules and ["node", f"{scripts}/aggregate.js", os.path.join(modules, "aws-kinesis-agg")],
+    }
+    missing = [
+        f"the {name} aggregator: it could not be installed, see above"
+        for name, command in commands.items() if not command
+    ]
+    return {name: command for name, command in commands.items() if command}, missing
 
 
 # Kinesis, DynamoDB, what they are called together, and what is checked there.
 PAIRS = [
     ("kinesalite", "dynalite", "kinesalite+dynalite", SCENARIOS),
     ("moto", "moto", "moto", SCENARIOS),
+    ("local", "local-dynamodb", "aggregates+local", AGGREGATE_SCENARIOS),
     ("local", "local-dynamodb", "kcl+local", KCL_SCENARIOS),
     ("local", "dynamodb-local", "kcl+dynamodb-local", KCL_SCENARIOS),
 ]
@@ -750,6 +918,8 @@ def main():
         parser.add_argument(f"--{server}", help="the program")
     for java in ("kcl", "dynamodb-local"):
         parser.add_argument(f"--{java}", help="the folder of its classes")
+    parser.add_argument("--python", help="the one that has aws_kinesis_agg")
+    parser.add_argument("--node-modules", help="the folder that has aws-kinesis-agg")
     parser.add_argument("--only", help="only the servers whose name has this in it")
     arguments = parser.parse_args()
     tramline = os.path.abspath(arguments.tramline)
@@ -760,9 +930,15 @@ def main():
     passed = failed = 0
     try:
         urls, processes, missing = start_all(arguments, tramline, folder)
+        aggregators, without = find_aggregators(arguments)
+        missing += without
         for kinesis, dynamodb, name, scenarios in PAIRS:
+            if scenarios is KCL_SCENARIOS and arguments.kcl is None:
+                continue
             if kinesis in urls and dynamodb in urls and (arguments.only or "") in name:
-                servers = Servers(name, urls[kinesis], urls[dynamodb], tramline, folder, arguments.kcl)
+                servers = Servers(
+                    name, urls[kinesis], urls[dynamodb], tramline, folder, arguments.kcl, aggregators,
+                )
                 run(servers, processes, scenarios)
                 passed, failed = passed + servers.passed, failed + servers.failed
     finally:

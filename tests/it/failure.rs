@@ -198,8 +198,8 @@ fn a_message_that_is_skipped_is_counted_and_the_shard_goes_on() {
 fn p1_more_failures_than_are_tolerated_stop_the_shard_although_they_could_be_skipped() {
     let all = lines(0, 10);
     let servers = with_lines(0, 10);
-    let mut picky = Picky::default();
-    picky.on = all[2..].iter().map(|line| (line.clone(), Fails::Error)).collect();
+    let on = all[2..].iter().map(|line| (line.clone(), Fails::Error)).collect();
+    let picky = Picky { on, ..Picky::default() };
     let tolerance = Tolerance { percent: 40.0, window: Duration::from_secs(60) };
     let error = run_with(&servers, &picky, |worker| {
         worker.on_failure(OnFailure::Skip).failure_tolerance(tolerance)
@@ -266,6 +266,58 @@ fn p1_acknowledgements_come_in_any_order_and_a_message_that_failed_comes_again()
     let again = Picky::default();
     run_with(&servers, &again, |w| w).expect("a clean stop");
     assert_eq!(again.seen(), [""; 0], "all of it was checkpointed");
+}
+
+#[test]
+fn p1_an_acknowledgement_from_an_attempt_that_failed_is_not_taken_for_one_of_a_later_message() {
+    /// Takes acknowledgements of the first batch, fails, and gives them when later ones are under way.
+    #[derive(Clone, Default)]
+    struct Confuses {
+        calls: Arc<Mutex<u32>>,
+        stale: Arc<Mutex<Vec<Ack>>>,
+        held: Arc<Mutex<Vec<Ack>>>,
+    }
+    impl Handler for Confuses {
+        type Error = String;
+        async fn handle(&mut self, batch: &Batch) -> Result<(), String> {
+            let mut calls = self.calls.lock().expect("a lock");
+            *calls += 1;
+            match *calls {
+                1 => {
+                    self.stale.lock().expect("a lock").extend(batch.ack_later());
+                    Err("at first".into())
+                }
+                2 => Ok(()), // The same batch, handled at once.
+                _ => {
+                    self.held.lock().expect("a lock").extend(batch.ack_later());
+                    self.stale.lock().expect("a lock").drain(..).for_each(Ack::ack);
+                    Ok(())
+                }
+            }
+        }
+    }
+    let servers = Servers::with_stream(STREAM, 1);
+    let all = lines(0, 4);
+    servers.put_lines(STREAM, "k", &all[..2]);
+    let handler = Confuses::default();
+    let second = handler.clone();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            crate::support::wait_for("the first batch", || {
+                (*second.calls.lock().expect("a lock") >= 2).then_some(())
+            });
+            servers.put_lines(STREAM, "k", &all[2..]);
+        });
+        let limit = Duration::from_millis(400);
+        run_with(&servers, &handler, |w| {
+            w.shutdown_limit(limit).stop_when_idle(Duration::from_secs(2))
+        })
+        .expect("a clean stop");
+    });
+    assert!(*handler.calls.lock().expect("a lock") >= 3, "the second batch was offered");
+    let again = Picky::default();
+    run_with(&servers, &again, |w| w).expect("a clean stop");
+    assert_eq!(again.seen(), all[2..], "the second batch was never acknowledged");
 }
 
 #[test]

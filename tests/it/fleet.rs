@@ -1,16 +1,8 @@
 //! Several workers on one stream.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
-    thread,
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc};
 
-use crate::support::{Running, Servers, lines, raws, wait_for};
+use crate::support::{Running, Servers, Traffic, lines, raws, shards_of, wait_for, wait_for_all};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 
@@ -19,64 +11,10 @@ fn worker(servers: &Servers, id: &str, more: &[&str]) -> Running {
     Running::start(servers.tramline(&[&args, more].concat()))
 }
 
-/// Puts one line after the other, with keys for all shards, until it is told to stop.
-struct Traffic {
-    stop: Arc<AtomicBool>,
-    put: Arc<AtomicUsize>,
-    thread: thread::JoinHandle<()>,
-}
-
-impl Traffic {
-    fn start(servers: &Arc<Servers>) -> Self {
-        let (stop, put) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
-        let (servers, stopped, count) = (servers.clone(), stop.clone(), put.clone());
-        let thread = thread::spawn(move || {
-            while !stopped.load(Ordering::SeqCst) {
-                let n = count.load(Ordering::SeqCst);
-                servers.put_lines(STREAM, &format!("key-{n}"), &lines(n, n + 1));
-                count.store(n + 1, Ordering::SeqCst);
-                thread::sleep(Duration::from_millis(10));
-            }
-        });
-        Self { stop, put, thread }
-    }
-
-    /// Stops, and gives the lines that were put.
-    fn finish(self) -> Vec<String> {
-        self.stop.store(true, Ordering::SeqCst);
-        self.thread.join().expect("the traffic");
-        lines(0, self.put.load(Ordering::SeqCst))
-    }
-}
-
-fn shards_of(running: &Running) -> BTreeSet<String> {
-    let shard = |line: &String| {
-        let value: serde_json::Value = serde_json::from_str(line).ok()?;
-        Some(value["shard"].as_str()?.to_owned())
-    };
-    running.stdout().iter().filter_map(shard).collect()
-}
-
-/// How often each line came, over all workers.
-fn counted(workers: &[&Running]) -> BTreeMap<String, usize> {
-    let mut counted = BTreeMap::new();
-    for raw in workers.iter().flat_map(|worker| raws(&worker.stdout())) {
-        *counted.entry(raw).or_default() += 1;
-    }
-    counted
-}
-
-fn wait_for_all(workers: &[&Running], sent: &[String]) -> BTreeMap<String, usize> {
-    wait_for("every line", || {
-        let counted = counted(workers);
-        sent.iter().all(|line| counted.contains_key(line)).then_some(counted)
-    })
-}
-
 #[test]
 fn p1_p6_a_worker_that_joins_and_one_that_leaves_cost_no_message_and_no_repeat() {
     let servers = Arc::new(Servers::with_stream(STREAM, 4));
-    let traffic = Traffic::start(&servers);
+    let traffic = Traffic::start(&servers, STREAM);
     let first = worker(&servers, "first", &[]);
     wait_for("the first worker to read all shards", || {
         (shards_of(&first).len() == 4).then_some(())
@@ -106,7 +44,7 @@ fn p1_p6_a_worker_that_joins_and_one_that_leaves_cost_no_message_and_no_repeat()
 #[test]
 fn p1_a_killed_worker_is_replaced_and_nothing_is_missing() {
     let servers = Arc::new(Servers::with_stream(STREAM, 4));
-    let traffic = Traffic::start(&servers);
+    let traffic = Traffic::start(&servers, STREAM);
     let fast = ["--lease-duration", "3s"];
     let first = worker(&servers, "first", &fast);
     let mut second = worker(&servers, "second", &fast);

@@ -8,7 +8,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -18,20 +18,18 @@ use std::{
 use jiff::Timestamp;
 use rand::{Rng as _, SeedableRng as _, seq::IndexedRandom as _};
 use rand_chacha::ChaCha8Rng;
-use tokio::{
-    task::JoinSet,
-    time::{Instant, Sleep, sleep, sleep_until},
-};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tramline::{
-    AwsError, AwsErrorKind, LeaseError, SequenceNumber, ShardId,
-    checkpoint::{Checkpoint, Position},
+    AwsError, AwsErrorKind, LeaseError, ShardId,
+    checkpoint::Checkpoint,
     lease::{
-        Change, HeldLease, InitialPosition, Lease, LeaseLoop, LeaseStore, MemoryTable, Settings,
-        create_missing,
+        Change, HeldLease, InitialPosition, Lease, LeaseLoop, MemoryTable, Settings, create_missing,
     },
     shard::Shard,
 };
+
+use crate::simulated_worker::{Reach, SimTable, checkpoint_at, lock, shard_id, work};
 
 const SEEDS: u64 = 1000;
 /// How long faults are made, and how long the fleet then has to finish.
@@ -58,7 +56,7 @@ struct World {
     broken: Mutex<Option<String>>,
 }
 
-type Holder = (u32, Arc<HeldLease<SimTable>>);
+type Holder = (u32, Arc<HeldLease<SimTable<FaultyWay>>>);
 
 #[derive(Default)]
 struct SimShard {
@@ -68,10 +66,6 @@ struct SimShard {
     parents: Vec<ShardId>,
     /// Everything up to here was handled by some worker.
     handled: u64,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poison| poison.into_inner())
 }
 
 impl World {
@@ -151,7 +145,7 @@ impl World {
     }
 
     /// A worker hands nothing to its handler any more, and is about to let go.
-    fn end_delivery(&self, shard: &ShardId, held: &Arc<HeldLease<SimTable>>) {
+    fn end_delivery(&self, shard: &ShardId, held: &Arc<HeldLease<SimTable<FaultyWay>>>) {
         let mut holders = lock(&self.holders);
         holders.entry(shard.clone()).or_default().retain(|(_, other)| !Arc::ptr_eq(other, held));
     }
@@ -177,7 +171,7 @@ impl World {
         let stream = lock(&self.stream);
         let shard = &stream[&row.shard];
         let handled = match &row.checkpoint {
-            Checkpoint::At(position) => position.sequence_number <= number(shard.handled),
+            Checkpoint::At(_) => row.checkpoint <= checkpoint_at(shard.handled),
             Checkpoint::ShardEnd => shard.closed && shard.handled == shard.records,
             _ => true,
         };
@@ -185,27 +179,29 @@ impl World {
     }
 }
 
-fn number(n: u64) -> SequenceNumber {
-    SequenceNumber::parse(n.to_string()).expect("a number")
-}
-
-/// The table as one worker reaches it: late, not at all, or without hearing the answer.
+/// How one worker reaches the table: late, not at all, or without hearing the answer.
 #[derive(Clone)]
-struct SimTable {
+struct FaultyWay {
     world: Arc<World>,
     worker: u32,
 }
 
-impl SimTable {
+impl FaultyWay {
     fn failed(kind: AwsErrorKind) -> LeaseError {
         let source = AwsError::new("dynamodb:Any", kind, "as simulated");
         LeaseError::Table { table: "simulated".into(), source }
     }
+}
+
+impl Reach for FaultyWay {
+    fn table(&self) -> &MemoryTable {
+        &self.world.table
+    }
 
     /// One request: the way there, the effect, the way back.
-    async fn request<T>(
+    async fn request<T: Send>(
         &self,
-        effect: impl Future<Output = Result<T, LeaseError>>,
+        effect: impl Future<Output = Result<T, LeaseError>> + Send,
     ) -> Result<T, LeaseError> {
         let world = &self.world;
         let slow = world.chance(3);
@@ -231,36 +227,9 @@ impl SimTable {
         sleep(world.millis(1..30)).await;
         result
     }
-}
 
-impl LeaseStore for SimTable {
-    fn name(&self) -> &str {
-        "simulated"
-    }
-
-    async fn scan(&self) -> Result<Vec<Lease>, LeaseError> {
-        self.request(self.world.table.scan()).await
-    }
-
-    async fn get(&self, shard: &ShardId) -> Result<Option<Lease>, LeaseError> {
-        self.request(self.world.table.get(shard)).await
-    }
-
-    async fn create(&self, lease: &Lease) -> Result<bool, LeaseError> {
-        self.request(self.world.table.create(lease)).await
-    }
-
-    async fn update(&self, seen: &Lease, change: &Change) -> Result<Lease, LeaseError> {
+    fn note_write(&self, seen: &Lease, change: &Change) {
         self.world.note(format_args!("{} writes {}: {change:?}", self.worker, seen.shard));
-        self.request(self.world.table.update(seen, change)).await
-    }
-
-    async fn delete(&self, seen: &Lease) -> Result<(), LeaseError> {
-        self.request(self.world.table.delete(seen)).await
-    }
-
-    async fn ring(&self, shard: &ShardId) -> Result<(), LeaseError> {
-        self.request(self.world.table.ring(shard)).await
     }
 }
 
@@ -295,65 +264,30 @@ impl<F: Future> Future for Pausable<F> {
     }
 }
 
-/// A worker: the lease loop as `Worker::run` drives it, and one reader for each shard.
+/// A worker with a clock of its own.
 async fn worker(world: Arc<World>, id: u32, stop: CancellationToken) {
     // A clock that is fast or slow by up to 5 %.
     let drift = world.draw(|rng| rng.random_range(0.95..1.05));
-    let store = SimTable { world: world.clone(), worker: id };
-    let mut leases = LeaseLoop::new(
-        store,
-        Settings {
-            worker: format!("w{id:03}"),
-            max_leases: usize::MAX,
-            lease_duration: Duration::from_secs(10).mul_f64(drift),
-            hand_over_limit: Duration::from_secs(30).mul_f64(drift),
-            // Shorter than in earnest, and longer than any pause here.
-            finished_kept_for: Duration::from_secs(60),
-            seed: world.seed ^ u64::from(id),
-            wall_clock: || Timestamp::UNIX_EPOCH,
-        },
-    );
-    let mut readers = JoinSet::new();
-    let (mut look_at, mut discover_at) = (Instant::now(), Instant::now());
-    loop {
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            Some(done) = readers.join_next() => {
-                match done.expect("a reader does not panic") {
-                    (shard, true) => leases.give_up(&shard),
-                    (shard, false) => leases.done(&shard),
-                }
-                (look_at, discover_at) = (Instant::now(), Instant::now());
-            }
-            () = sleep_until(look_at) => {
-                let due = !leases.watches_bell() && Instant::now() >= discover_at;
-                let listed = world.listed();
-                let discover = due.then_some((listed.as_slice(), InitialPosition::TrimHorizon));
-                match leases.look(discover).await {
-                    Ok(looked) => {
-                        if due {
-                            discover_at = Instant::now() + Duration::from_secs(60);
-                        }
-                        for held in looked.taken {
-                            let reader = reader(world.clone(), id, held, stop.clone());
-                            readers.spawn(Pausable::new(&world, id, reader));
-                        }
-                        look_at = looked.again_at;
-                    }
-                    Err(_) => look_at = Instant::now() + Duration::from_secs(2),
-                }
-            }
-        }
-    }
-    while readers.join_next().await.is_some() {}
-    let _ = leases.ring().await;
+    let settings = Settings {
+        worker: format!("w{id:03}"),
+        max_leases: usize::MAX,
+        lease_duration: Duration::from_secs(10).mul_f64(drift),
+        hand_over_limit: Duration::from_secs(30).mul_f64(drift),
+        // Shorter than in earnest, and longer than any pause here.
+        finished_kept_for: Duration::from_secs(60),
+        seed: world.seed ^ u64::from(id),
+        wall_clock: || Timestamp::UNIX_EPOCH,
+    };
+    let way = FaultyWay { world: world.clone(), worker: id };
+    let read = |held| Pausable::new(&world, id, reader(world.clone(), id, held, stop.clone()));
+    let leases = LeaseLoop::new(SimTable(way), settings);
+    work(leases, || world.listed(), read, stop.clone()).await;
 }
 
 async fn reader(
     world: Arc<World>,
     id: u32,
-    held: Arc<HeldLease<SimTable>>,
+    held: Arc<HeldLease<SimTable<FaultyWay>>>,
     stop: CancellationToken,
 ) -> (ShardId, bool) {
     let lease = held.lease().await;
@@ -372,7 +306,7 @@ async fn reader(
 async fn read(
     world: &Arc<World>,
     id: u32,
-    held: &Arc<HeldLease<SimTable>>,
+    held: &Arc<HeldLease<SimTable<FaultyWay>>>,
     lease: &Lease,
     stop: &CancellationToken,
 ) -> bool {
@@ -382,10 +316,6 @@ async fn read(
         _ => 0,
     };
     let mut stored = at;
-    let position = |at: u64| {
-        let position = Position { sequence_number: number(at), sub_sequence_number: 0 };
-        Checkpoint::At(position)
-    };
     held.usable().await;
     lock(&world.holders).entry(shard.clone()).or_default().push((id, held.clone()));
     loop {
@@ -394,7 +324,7 @@ async fn read(
             biased;
             () = async { tokio::select! { () = stop.cancelled() => {} () = held.asked() => {} } } => {
                 world.end_delivery(shard, held);
-                let checkpoint = (at > stored).then(|| position(at));
+                let checkpoint = (at > stored).then(|| checkpoint_at(at));
                 let _ = held.write_surely(&Change::Release { checkpoint }).await;
                 return false;
             }
@@ -423,7 +353,7 @@ async fn read(
             world.handled(id, shard, at, to);
             at = to;
             if world.draw(|rng| rng.random_ratio(1, 3)) {
-                let change = Change::Checkpoint { checkpoint: position(at) };
+                let change = Change::Checkpoint { checkpoint: checkpoint_at(at) };
                 if held.write(&change).await.is_ok() {
                     stored = at;
                 }
@@ -522,10 +452,6 @@ fn reshard(world: &World, parents: usize) {
         world.note(format_args!("{id} follows {parents:?}"));
         stream.insert(id, SimShard { parents: parents.clone(), ..SimShard::default() });
     }
-}
-
-fn shard_id(n: usize) -> ShardId {
-    format!("shardId-{n:012}").into()
 }
 
 fn append_records(world: &World) {

@@ -20,7 +20,7 @@ fn consume(servers: &Servers, streams: &[&str], more: &[&str]) -> Finished {
 
 fn put(servers: &Servers, from: usize, to: usize) {
     for (n, line) in (from..to).zip(lines(from, to)) {
-        let stream = if n % 2 == 0 { "red" } else { "green" };
+        let stream = if n.is_multiple_of(2) { "red" } else { "green" };
         servers.put_lines(stream, &format!("key-{n}"), &[line]);
     }
 }
@@ -54,7 +54,7 @@ fn p1_p6_several_streams_are_read_by_one_worker_and_resumed() {
             .as_str()
             .and_then(|raw| raw.split(',').next()?.parse().ok())
             .expect("a number");
-        assert_eq!(line["stream"], if n % 2 == 0 { "red" } else { "green" });
+        assert_eq!(line["stream"], if n.is_multiple_of(2) { "red" } else { "green" });
         assert!(line["shard"].as_str().expect("a shard").starts_with("shardId-"), "{line}");
     }
     put(&servers, 20, 30);

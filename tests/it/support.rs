@@ -1,13 +1,19 @@
 //! What the tests share: servers, the binary, and waiting for conditions.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Display},
     io::{BufRead as _, BufReader, Read as _},
-    process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex},
+    process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
+use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_kinesis::{Client, primitives::Blob, types::StreamStatus};
 use tramline::local::{Local, LocalSettings};
 
@@ -15,7 +21,7 @@ use tramline::local::{Local, LocalSettings};
 pub const LIMIT: Duration = Duration::from_secs(90);
 
 /// Waits until `done` gives something; says what for if it never does.
-pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: impl Display, mut done: impl FnMut() -> Option<T>) -> T {
     let give_up = Instant::now() + LIMIT;
     loop {
         if let Some(found) = done() {
@@ -35,9 +41,12 @@ pub struct Servers {
 
 impl Servers {
     pub fn start() -> Self {
+        Self::start_with(LocalSettings::default())
+    }
+
+    pub fn start_with(settings: LocalSettings) -> Self {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        let local =
-            runtime.block_on(Local::start(LocalSettings::default())).expect("embedded servers");
+        let local = runtime.block_on(Local::start(settings)).expect("embedded servers");
         let kinesis = Client::new(&local.sdk_config());
         Self { runtime, local, kinesis }
     }
@@ -54,6 +63,11 @@ impl Servers {
 
     pub fn wait<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
+    }
+
+    /// Runs `task` beside the servers, as long as they run.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.runtime.spawn(task);
     }
 
     /// Puts one record and gives its sequence number.
@@ -73,13 +87,27 @@ impl Servers {
         self.put(stream, key, format!("[{}]", events.join(",")));
     }
 
+    pub fn dynamodb(&self) -> aws_sdk_dynamodb::Client {
+        aws_sdk_dynamodb::Client::new(&self.local.sdk_config())
+    }
+
     /// Deletes a row of a lease table, as an operator would.
     pub fn delete_lease(&self, table: &str, shard: &str) {
-        let delete = aws_sdk_dynamodb::Client::new(&self.local.sdk_config())
-            .delete_item()
-            .table_name(table)
-            .key("leaseKey", aws_sdk_dynamodb::types::AttributeValue::S(shard.to_owned()));
+        let delete = self.dynamodb().delete_item().table_name(table);
+        let delete = delete.key("leaseKey", AttributeValue::S(shard.to_owned()));
         self.wait(delete.send()).expect("a row to delete");
+    }
+
+    /// Sets the time that goes with the checkpoint `AT_TIMESTAMP`.
+    pub fn set_start(&self, table: &str, shard: &str, at: jiff::Timestamp) {
+        let update = self
+            .dynamodb()
+            .update_item()
+            .table_name(table)
+            .key("leaseKey", AttributeValue::S(shard.to_owned()))
+            .update_expression("SET startAtMillis = :at")
+            .expression_attribute_values(":at", AttributeValue::N(at.as_millisecond().to_string()));
+        self.wait(update.send()).expect("a row to change");
     }
 
     /// The binary, pointed at these servers.
@@ -131,53 +159,94 @@ pub fn tramline(args: &[&str]) -> Command {
     command
 }
 
+/// Puts one line after the other, with keys for all shards, until it is told to stop.
+pub struct Traffic {
+    stop: Arc<AtomicBool>,
+    put: Arc<AtomicUsize>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Traffic {
+    pub fn start(servers: &Arc<Servers>, stream: &'static str) -> Self {
+        let (stop, put) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let (servers, stopped, count) = (servers.clone(), stop.clone(), put.clone());
+        let thread = thread::spawn(move || {
+            while !stopped.load(Ordering::SeqCst) {
+                let n = count.load(Ordering::SeqCst);
+                servers.put_lines(stream, &format!("key-{n}"), &lines(n, n + 1));
+                count.store(n + 1, Ordering::SeqCst);
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        Self { stop, put, thread }
+    }
+
+    /// Stops, and gives the lines that were put.
+    pub fn finish(self) -> Vec<String> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().expect("the traffic");
+        lines(0, self.put.load(Ordering::SeqCst))
+    }
+}
+
 /// A running binary whose output is collected. Killed when dropped.
 pub struct Running {
     child: Child,
-    stdout: Arc<Mutex<Vec<String>>>,
+    stdout: Arc<Mutex<Vec<(Instant, String)>>>,
     stderr: Arc<Mutex<String>>,
     readers: Vec<thread::JoinHandle<()>>,
 }
 
 impl Running {
-    pub fn start(mut command: Command) -> Self {
+    pub fn start(command: Command) -> Self {
+        let (mut running, out, err) = Self::start_unread(command);
+        running.read_stdout(out);
+        running.read_stderr(err);
+        running
+    }
+
+    /// The same, but nobody reads its output yet: what it writes gets stuck.
+    pub fn start_unread(mut command: Command) -> (Self, ChildStdout, ChildStderr) {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .expect("the binary starts");
-        let (stdout, stderr) =
-            (Arc::<Mutex<Vec<String>>>::default(), Arc::<Mutex<String>>::default());
         let (out, err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
-        let readers = vec![
-            thread::spawn({
-                let stdout = stdout.clone();
-                move || {
-                    for line in BufReader::new(out).split(b'\n') {
-                        let Ok(line) = line else { return };
-                        let line = String::from_utf8_lossy(&line).into_owned();
-                        stdout.lock().expect("a lock").push(line);
-                    }
-                }
-            }),
-            thread::spawn({
-                let stderr = stderr.clone();
-                let mut err = err;
-                move || {
-                    let mut buffer = [0; 4096];
-                    while let Ok(length @ 1..) = err.read(&mut buffer) {
-                        let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-                        stderr.lock().expect("a lock").push_str(&text);
-                    }
-                }
-            }),
-        ];
-        Self { child, stdout, stderr, readers }
+        let (stdout, stderr) = (Arc::default(), Arc::default());
+        (Self { child, stdout, stderr, readers: Vec::new() }, out, err)
+    }
+
+    pub fn read_stdout(&mut self, out: ChildStdout) {
+        let stdout = self.stdout.clone();
+        self.readers.push(thread::spawn(move || {
+            for line in BufReader::new(out).split(b'\n') {
+                let Ok(line) = line else { return };
+                let line = String::from_utf8_lossy(&line).into_owned();
+                stdout.lock().expect("a lock").push((Instant::now(), line));
+            }
+        }));
+    }
+
+    pub fn read_stderr(&mut self, mut err: ChildStderr) {
+        let stderr = self.stderr.clone();
+        self.readers.push(thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = err.read(&mut buffer) {
+                let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                stderr.lock().expect("a lock").push_str(&text);
+            }
+        }));
     }
 
     pub fn stdout(&self) -> Vec<String> {
-        self.stdout.lock().expect("a lock").clone()
+        self.timed_stdout(0).into_iter().map(|(_, line)| line).collect()
+    }
+
+    /// The lines after the first `skipped` ones, and when each came.
+    pub fn timed_stdout(&self, skipped: usize) -> Vec<(Instant, String)> {
+        self.stdout.lock().expect("a lock")[skipped..].to_vec()
     }
 
     pub fn stderr(&self) -> String {
@@ -186,15 +255,21 @@ impl Running {
 
     /// Waits until stdout has `count` lines.
     pub fn wait_for_lines(&self, count: usize) -> Vec<String> {
-        wait_for(&format!("{count} lines on stdout; stderr:\n{}", self.stderr()), || {
+        wait_for(self.told(format!("{count} lines on stdout")), || {
             let stdout = self.stdout();
             (stdout.len() >= count).then_some(stdout)
         })
     }
 
+    /// What is waited for, with what stderr has by then.
+    fn told(&self, what: String) -> impl Display + '_ {
+        fmt::from_fn(move |f| write!(f, "{what}; stderr:\n{}", self.stderr()))
+    }
+
     /// Waits until stderr contains `text`.
     pub fn wait_for_log(&self, text: &str) {
-        wait_for(&format!("{text:?} on stderr"), || self.stderr().contains(text).then_some(()));
+        let logged = || self.stderr().contains(text).then_some(());
+        wait_for(self.told(format!("{text:?} on stderr")), logged);
     }
 
     pub fn kill(&mut self) {
@@ -216,9 +291,10 @@ impl Running {
 
     /// Waits for the exit.
     pub fn finish(mut self) -> Finished {
-        let status = wait_for(&format!("the exit; stderr so far:\n{}", self.stderr()), || {
-            self.child.try_wait().expect("a status")
-        });
+        let stderr = self.stderr.clone();
+        let what =
+            fmt::from_fn(|f| write!(f, "the exit; stderr:\n{}", stderr.lock().expect("a lock")));
+        let status = wait_for(what, || self.child.try_wait().expect("a status"));
         for reader in self.readers.drain(..) {
             reader.join().expect("the output is read");
         }
@@ -262,4 +338,30 @@ pub fn raws(stdout: &[String]) -> Vec<String> {
             value["event"]["data"]["raw"].as_str().expect("an OCS line").to_owned()
         })
         .collect()
+}
+
+/// The shards whose messages a worker printed with `--format json`.
+pub fn shards_of(running: &Running) -> BTreeSet<String> {
+    let shard = |line: &String| {
+        let value: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some(value["shard"].as_str()?.to_owned())
+    };
+    running.stdout().iter().filter_map(shard).collect()
+}
+
+/// How often each line came, over all workers.
+fn counted(workers: &[&Running]) -> BTreeMap<String, usize> {
+    let mut counted = BTreeMap::new();
+    for raw in workers.iter().flat_map(|worker| raws(&worker.stdout())) {
+        *counted.entry(raw).or_default() += 1;
+    }
+    counted
+}
+
+/// Waits until every line came, and tells how often each did.
+pub fn wait_for_all(workers: &[&Running], sent: &[String]) -> BTreeMap<String, usize> {
+    wait_for("every line", || {
+        let counted = counted(workers);
+        sent.iter().all(|line| counted.contains_key(line)).then_some(counted)
+    })
 }

@@ -9,7 +9,7 @@ use std::{
 ///
 /// A lock keeps others out meanwhile, in this process and in others. A last line without an end, which
 /// a crash left there, gets one; what a failed write left is taken back, if the system allows.
-pub(crate) async fn append(path: &Path, lines: Vec<u8>) -> io::Result<()> {
+pub(super) async fn append(path: &Path, lines: Vec<u8>) -> io::Result<()> {
     let path = PathBuf::from(path);
     // A thread of its own: once begun it goes to its end, so a call that is dropped cuts no line.
     let appended = tokio::task::spawn_blocking(move || append_now(&path, &lines));
@@ -47,7 +47,7 @@ fn end_last_line(file: &mut File, length: u64) -> io::Result<()> {
 }
 
 /// Makes the name of a new file durable too.
-fn sync_name(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_name(path: &Path) -> io::Result<()> {
     let dir = match path.parent() {
         Some(dir) if dir != Path::new("") => dir,
         _ => Path::new("."),

@@ -1,9 +1,8 @@
 //! Where dead letters go, and storing them there.
 
-pub(crate) mod kinesis;
-
-mod file;
-mod s3;
+pub(super) mod file;
+pub(super) mod kinesis;
+pub(super) mod s3;
 
 use std::{
     collections::VecDeque,
@@ -24,8 +23,6 @@ use crate::{
     backoff::Backoff,
 };
 
-pub(crate) use file::append as append_to_file;
-
 /// How often a lasting failure is told again.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -39,6 +36,24 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 /// assert_eq!(destination, DeadLetters::s3("rtr-dead-letters", "green"));
 /// # Ok::<(), tramline::DeadLetterError>(())
 /// ```
+///
+/// A line is `{"dead_letter":{…}}` with these fields, of which there may be more later:
+///
+/// | field | meaning |
+/// |---|---|
+/// | `version` | 1 |
+/// | `kind` | `undecodable`, `handler-failed`, `handler-timed-out`; of the producer: `oversized`, `unfinished` |
+/// | `reason` | in words, at most 4 KiB: what the handler said, if it failed |
+/// | `stream`, `shard`, `sequence_number`, `partition_key`, `arrived_at` | the record; sequence numbers are strings |
+/// | `user_record` | the place in a KPL aggregate, if it was in one |
+/// | `sub_sequence_number` | the place among the record's messages; none if the letter is the whole record |
+/// | `connection`, `received_at`, `length_bytes` | instead of those: an OCS connection |
+/// | `attempts` | how often the handler was offered it |
+/// | `given_up_at` | when |
+/// | `application`, `worker` | by whom |
+/// | `data_base64` | its exact bytes; for a message those of its CloudEvent |
+/// | `event` | the same as JSON, if it is an object and there is room: for people, and for `jq` |
+/// | `part` | `number` (from 1), `of` and `data_sha256`, the digest of the whole data, if this line has only a part of the data |
 ///
 /// A checkpoint passes a record only after its dead letters are stored, so a crash between the two
 /// stores them again: a letter may be there twice, and `tramline redrive` puts it back once. While the
@@ -155,7 +170,7 @@ impl DeadLetters {
                 Sink::S3(objects)
             }
             Destination::File { path } => {
-                append_to_file(path, Vec::new()).await.map_err(|error| failed(error.into()))?;
+                file::append(path, Vec::new()).await.map_err(|error| failed(error.into()))?;
                 Sink::File(path.clone())
             }
         };
@@ -348,7 +363,7 @@ impl Pending<'_> {
                     objects.pop_front();
                 }
             }
-            Self::File(path, lines) => append_to_file(path, lines.clone()).await?,
+            Self::File(path, lines) => file::append(path, lines.clone()).await?,
         }
         Ok(())
     }
