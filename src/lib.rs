@@ -85,9 +85,10 @@ pub use lease::LeaseError;
 #[cfg(feature = "cli")]
 pub(crate) use produce::SPOOL_LIMIT_MIN_BYTES;
 pub use produce::{
-    BatchPolicy, Encoding, Lane, ListenerSettings, OcsListener, PartitionKey, ProduceError,
-    Producer, ProducerReport, ProducerSettings, Receipt, SendError, ShardRate, Spool, SpoolError,
-    StoredAt,
+    BatchPolicy, Encoding, Failure, Lane, LaneStats, ListenerSettings, ListenerTls, OcsListener,
+    PartitionKey, ProduceError, Producer, ProducerMonitor, ProducerReport, ProducerSettings,
+    ProducerStats, PutStats, Receipt, RetryReason, SendError, SequencePer, ShardRate, SourceStats,
+    Spool, SpoolError, StoredAt, TlsError, Waiting,
 };
 pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};

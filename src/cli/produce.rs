@@ -1,12 +1,14 @@
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use aws_config::SdkConfig;
 use clap::Args;
+use ipnet::IpNet;
 use tokio_util::sync::CancellationToken;
 
 use super::{Outcome, values};
 use crate::{
-    BatchPolicy, Encoding, ListenerSettings, OcsListener, PartitionKey, ProducerSettings, Spool,
+    BatchPolicy, Encoding, ListenerSettings, ListenerTls, OcsListener, PartitionKey,
+    ProducerSettings, SequencePer, ShardRate, Spool,
 };
 
 /// Listens for OCS connections, wraps each message as a CloudEvent and writes it to a stream, in the
@@ -19,6 +21,7 @@ use crate::{
   tramline produce --stream ctd-ocs-raw-messages
   tramline produce --listen 127.0.0.1:8001 --stream ctd-ocs-raw-messages --partition-key connection
   tramline produce --stream ctd-ocs-raw-messages --encoding batch --gzip --type-delay RGPS=200ms
+  tramline produce --stream ctd-ocs-raw-messages --allow 10.108.0.0/16 --tls-cert ocs.pem --tls-key ocs.key
   LISTEN_PORT=8001 KINESIS_STREAM=ctd-ocs-raw-messages tramline produce")]
 pub(super) struct Produce {
     /// The address to listen on
@@ -29,6 +32,26 @@ pub(super) struct Produce {
     #[arg(long, value_name = "NAME")]
     stream: String,
 
+    /// Who may connect: addresses or networks; may be repeated [default: everyone]
+    #[arg(long, value_name = "CIDR", value_parser = values::network, value_delimiter = ',')]
+    allow: Vec<IpNet>,
+
+    /// How many may be connected at the same time
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_connections: u32,
+
+    /// Take connections by TLS only, with this certificate (PEM, with those between it and its root)
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+
+    /// The key of the certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+
+    /// Take only peers that show a certificate of these roots (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+
     /// What the partition key of a connection is made of
     #[arg(long, value_enum, default_value_t)]
     partition_key: PartitionKey,
@@ -37,13 +60,17 @@ pub(super) struct Produce {
     #[arg(long, value_name = "URI")]
     source: Option<String>,
 
-    /// Close a connection that sends no byte for this long
+    /// Close a connection that for this long sends no byte, or does not end a message
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "5m")]
     stale_after: Duration,
 
     /// The longest OCS message; a longer one is written to stderr as a dead letter
     #[arg(long, value_name = "SIZE", value_parser = message_size, default_value = "64KiB")]
     max_message_size: u32,
+
+    /// Who counts OCS sequence numbers, so that missing ones are told
+    #[arg(long, value_enum, default_value_t)]
+    sequence_per: SequencePer,
 
     /// What a record holds
     #[arg(long, value_enum, default_value_t)]
@@ -72,6 +99,11 @@ pub(super) struct Produce {
     /// The most that a record of the stream may hold: as the stream is set, up to 10MiB
     #[arg(long, value_name = "SIZE", value_parser = values::record_size_bytes, default_value = "1MiB")]
     record_limit: u32,
+
+    /// How much is put to a shard a second, with 1000 records for each MiB; more than the stream allows
+    /// leaves it to its refusals
+    #[arg(long, value_name = "SIZE", value_parser = values::size_bytes, default_value = "1MiB")]
+    shard_rate: u32,
 
     /// The directory where messages wait for Kinesis, or none: then they wait in memory, and are lost if
     /// the process ends [default: spool/STREAM in the state directory of the service or the user]
@@ -120,16 +152,25 @@ impl Produce {
                 bytes: u64::from(self.batch_size),
             },
             record_limit_bytes: self.record_limit as usize,
+            shard_rate: ShardRate::of_bytes(self.shard_rate),
             spool,
             spool_limit_bytes,
             spool_commit_delay: self.spool_commit_delay,
             shutdown_limit: self.shutdown_limit,
-            ..defaults
         };
+        let tls = self.tls_cert.zip(self.tls_key).map(|(certificates, key)| ListenerTls {
+            certificates,
+            key,
+            client_roots: self.tls_client_ca,
+        });
         let settings = ListenerSettings {
+            allow: self.allow,
+            max_connections: self.max_connections as usize,
+            tls,
             partition_key: self.partition_key,
             stale_after: self.stale_after,
             max_message_bytes: self.max_message_size as usize,
+            sequence_per: self.sequence_per,
             producer,
         };
         let producer = OcsListener::bind(config, &self.stream, self.listen, settings).await?;

@@ -1,14 +1,15 @@
 //! Settings as people write them.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use bytesize::ByteSize;
 use clap::{ValueEnum, builder::PossibleValue};
+use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
     Checkpoints, DeadLetters, Encoding, MaxCheckpointAge, OnFailure, OnStuck, PartitionKey,
-    Retrieval, SequenceNumber, Spool, StartPosition,
+    Retrieval, SequenceNumber, SequencePer, Spool, StartPosition,
     feed::Format,
     handler::{Kind, is_stream_name},
     ocs::generate::Profile,
@@ -45,6 +46,14 @@ pub(super) fn type_delay(text: &str) -> Result<(String, Duration), String> {
         Ok(delay) if !kind.trim().is_empty() => Ok((kind.trim().to_uppercase(), delay)),
         _ => Err("write a message type and a length of time, such as RGPS=200ms or TMOV=0s".into()),
     }
+}
+
+/// A network, or the address of one host.
+pub(super) fn network(text: &str) -> Result<IpNet, String> {
+    let host = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse().or_else(|_| host()).map_err(|_| {
+        "write an address or a network, such as 10.108.46.198, 10.108.0.0/16 or fd00::/8".to_owned()
+    })
 }
 
 /// Where messages wait: a directory, or `none` for memory.
@@ -221,6 +230,11 @@ words!(PartitionKey {
     Connection = "connection" "{local address -> peer address}, readable, as Trike writes it",
 });
 
+words!(SequencePer {
+    Host = "host" "a host, over all of its connections",
+    Connection = "connection" "a connection: for senders behind a proxy, which all have its address",
+});
+
 words!(Encoding {
     Array = "array" "a JSON array of CloudEvents, as Trike writes it",
     Single = "single" "one CloudEvent",
@@ -244,6 +258,21 @@ words!(Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn networks_and_hosts_are_written_the_usual_way() {
+        let within = |net: &str, host: &str| {
+            network(net).expect(net).contains(&host.parse::<IpAddr>().expect(host))
+        };
+        assert!(within("10.108.0.0/16", "10.108.46.198"));
+        assert!(!within("10.108.0.0/16", "10.109.0.1"));
+        assert!(within("10.0.0.1", "10.0.0.1"));
+        assert!(!within("10.0.0.1", "10.0.0.2"));
+        assert!(within("fd00::/8", "fd12::1"));
+        for wrong in ["", "10.0.0", "10.0.0.0/33", "localhost"] {
+            assert!(network(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn durations_are_written_with_their_unit() {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{Arc, MutexGuard},
     time::Duration,
 };
 
@@ -13,8 +13,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Counters, StoredAt, add,
+    Counters, StoredAt, add, lock,
     spool::{Chunk, Group, LaneId, LaneInfo, SpoolError, Store},
+    stats::Failure,
 };
 use crate::backoff::Backoff;
 
@@ -168,17 +169,15 @@ impl Committer {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         let began = Instant::now();
         let mut remind_at = began;
-        let mut failures = 0_u32;
         loop {
             let error = match self.try_commit(group.clone()).await {
                 Ok(()) => break,
                 Err(error) => error,
             };
-            failures += 1;
+            self.failure().get_or_insert_with(Failure::new).again(error.to_string());
             if Instant::now() >= remind_at {
                 remind_at = Instant::now() + REMINDER_INTERVAL;
                 tracing::error!(
-                    failures,
                     "{error}; no connection is read until it works again, and it is tried again"
                 );
             }
@@ -190,7 +189,7 @@ impl Committer {
                 }
             }
         }
-        if failures > 0 {
+        if let Some(Failure { failures, .. }) = self.failure().take() {
             tracing::info!(
                 failures,
                 "the spool works again after {:.1} s",
@@ -198,6 +197,10 @@ impl Committer {
             );
         }
         true
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
+        lock(&self.counters.spool_failure)
     }
 
     async fn try_commit(&self, group: Arc<Group>) -> Result<(), SpoolError> {

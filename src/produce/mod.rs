@@ -13,13 +13,17 @@
 //! have messages of their own.
 
 mod commit;
+mod connection;
 mod lanes;
 mod listener;
 mod pack;
 mod policy;
 mod put;
+mod sequences;
 mod shards;
 mod spool;
+mod stats;
+mod tls;
 
 use std::{
     collections::HashMap,
@@ -51,14 +55,18 @@ use crate::{
 use commit::{Committer, Request};
 use lanes::{Lanes, Limits};
 use pack::Packing;
-use put::{Kinesis, PutRecords, Putter, call_limit_bytes};
+use put::{Kinesis, PutRecords, Putter, Snapshot, call_limit_bytes};
+use sequences::Sequences;
 use spool::{Chunk, Disk, LaneId, LaneInfo, Left, Spooled, Store};
 
 pub use listener::{ListenerSettings, OcsListener, PartitionKey};
 pub use pack::Encoding;
 pub use policy::BatchPolicy;
+pub use sequences::SequencePer;
 pub use shards::ShardRate;
 pub use spool::{Spool, SpoolError};
+pub use stats::{Failure, LaneStats, ProducerStats, PutStats, RetryReason, SourceStats, Waiting};
+pub use tls::{ListenerTls, TlsError};
 
 /// The longest message: any fits into a record of 1 MiB, also when every byte of it is escaped.
 pub(crate) const MESSAGE_LIMIT_BYTES: usize = 128 * 1024;
@@ -85,7 +93,7 @@ pub struct ProducerSettings {
     pub batch: BatchPolicy,
     /// The most bytes of a record, partition key included: what the stream is set to, 1 MiB to 10 MiB.
     pub record_limit_bytes: usize,
-    /// What each shard takes a second.
+    /// What each shard takes a second. More than the stream allows leaves it to its refusals.
     pub shard_rate: ShardRate,
     /// Where messages wait for Kinesis.
     pub spool: Spool,
@@ -120,6 +128,8 @@ impl Default for ProducerSettings {
 pub struct ProducerReport {
     /// OCS connections accepted.
     pub connections: u64,
+    /// Connections refused: their address is not allowed, there were too many, or their TLS failed.
+    pub refused_connections: u64,
     /// Messages received.
     pub messages: u64,
     /// Messages that an earlier process left in the spool.
@@ -138,6 +148,8 @@ pub struct ProducerReport {
     pub empty_frames: u64,
     /// Oversized and unfinished messages; they were written to stderr.
     pub dead_letters: u64,
+    /// OCS sequence numbers that were left out: messages that were lost before they came here.
+    pub missing: u64,
 }
 
 impl ProducerReport {
@@ -162,6 +174,9 @@ pub enum ProduceError {
     /// The stream cannot be written.
     #[error(transparent)]
     Stream(#[from] SourceError),
+    /// The listener's TLS files cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The spool cannot be used.
     #[error("{0}")]
     Spool(#[from] SpoolError),
@@ -264,6 +279,11 @@ struct Shared {
     next_lane: AtomicU64,
     room: Arc<Room>,
     counters: Arc<Counters>,
+    sequences: Sequences,
+    /// As long as the producer runs.
+    store: Weak<Store>,
+    /// Asks whoever puts how it is.
+    ask: mpsc::UnboundedSender<oneshot::Sender<Snapshot>>,
     /// Told when a record went to another shard than expected.
     resharded: Arc<Notify>,
 }
@@ -271,6 +291,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Counters {
     connections: AtomicU64,
+    refused_connections: AtomicU64,
     messages: AtomicU64,
     left: AtomicU64,
     put: AtomicU64,
@@ -280,6 +301,8 @@ struct Counters {
     heartbeats: AtomicU64,
     empty_frames: AtomicU64,
     dead_letters: AtomicU64,
+    missing: AtomicU64,
+    spool_failure: Mutex<Option<Failure>>,
 }
 
 fn add(counter: &AtomicU64, n: u64) {
@@ -381,6 +404,7 @@ impl Producer {
         let store = Arc::new(store);
         let (requests, requested) = mpsc::unbounded_channel();
         let (committed_to, committed) = mpsc::unbounded_channel();
+        let (ask, asked) = mpsc::unbounded_channel();
         let committer = Committer {
             delay: match &*store {
                 Store::Memory(_) => Duration::ZERO,
@@ -405,7 +429,7 @@ impl Producer {
         let mut putter = Putter {
             stream: stream.to_owned(),
             put,
-            store,
+            store: store.clone(),
             packing: Packing {
                 encoding: settings.encoding,
                 gzip: settings.gzip,
@@ -419,6 +443,9 @@ impl Producer {
             resharded: resharded.clone(),
             room: room.clone(),
             counters: counters.clone(),
+            puts: PutStats::default(),
+            asked,
+            failing: None,
             stop: CancellationToken::new(),
         };
         putter.recover(&left, Instant::now());
@@ -432,6 +459,9 @@ impl Producer {
                 next_lane: AtomicU64::new(next_lane),
                 room,
                 counters,
+                sequences: Sequences::new(),
+                store: Arc::downgrade(&store),
+                ask,
                 resharded,
             }),
             stream: stream.to_owned(),
@@ -447,23 +477,8 @@ impl Producer {
     ///
     /// Messages of lanes with the same `source_ip` that are opened one after the other keep their order,
     /// too, as far as one shard takes them.
-    pub fn lane(&self, partition_key: impl Into<String>, source_ip: Option<IpAddr>) -> Lane {
-        let partition_key = partition_key.into();
-        let mut lanes = lock(&self.shared.lanes);
-        if let Some(open) = lanes.get(&partition_key).and_then(Weak::upgrade) {
-            return Lane(open);
-        }
-        let id = self.shared.next_lane.fetch_add(1, Ordering::Relaxed);
-        let info = LaneInfo {
-            partition_key: partition_key.clone(),
-            source: self.shared.settings.source.clone(),
-            source_ip,
-        };
-        // A closed producer says so when a message is sent.
-        let _ = self.shared.requests.send(Request::Open { lane: id, info });
-        let open = Arc::new(OpenLane { id, partition_key, shared: self.shared.clone() });
-        lanes.insert(open.partition_key.clone(), Arc::downgrade(&open));
-        Lane(open)
+    pub fn lane(&self, partition_key: impl AsRef<str>, source_ip: Option<IpAddr>) -> Lane {
+        self.shared.lane(partition_key.as_ref(), source_ip)
     }
 
     /// Completes when Kinesis has all that was sent until now. What waits for other messages goes at once.
@@ -474,6 +489,11 @@ impl Producer {
     /// What it did until now.
     pub fn report(&self) -> ProducerReport {
         self.shared.counters.report()
+    }
+
+    /// For asking how it is, from elsewhere.
+    pub fn monitor(&self) -> ProducerMonitor {
+        ProducerMonitor(self.shared.clone())
     }
 
     /// Waits until Kinesis has everything, or until the shutdown limit has passed, and ends. What Kinesis
@@ -509,6 +529,49 @@ impl Producer {
                 Err(ProduceError::Lost { messages: waiting, limit: shared.settings.shutdown_limit })
             }
         }
+    }
+}
+
+/// Tells how a producer is. Cheap to clone.
+#[derive(Clone)]
+pub struct ProducerMonitor(Arc<Shared>);
+
+impl ProducerMonitor {
+    /// What the producer has done, and how it is now. An error if it is closed.
+    pub async fn stats(&self) -> Result<ProducerStats, SendError> {
+        let shared = &self.0;
+        let (asking, answer) = oneshot::channel();
+        shared.ask.send(asking).map_err(|_| SendError::Closed)?;
+        let snapshot = answer.await.map_err(|_| SendError::Closed)?;
+        let store = shared.store.upgrade().ok_or(SendError::Closed)?;
+        let reading = tokio::task::spawn_blocking(move || {
+            let Snapshot { puts, failure, lanes } = snapshot;
+            let lanes: Vec<LaneStats> = lanes
+                .into_iter()
+                .map(|(id, first, mut lane)| {
+                    if lane.waiting.messages > 0 {
+                        lane.waiting.oldest = store.received_at(id, first);
+                    }
+                    lane
+                })
+                .collect();
+            (puts, failure, lanes)
+        });
+        let (puts, put_failure, lanes) = reading.await.map_err(|_| SendError::Closed)?;
+        Ok(ProducerStats {
+            report: shared.counters.report(),
+            puts,
+            waiting: Waiting {
+                messages: lanes.iter().map(|lane| lane.waiting.messages).sum(),
+                spooled_bytes: lanes.iter().map(|lane| lane.waiting.spooled_bytes).sum(),
+                oldest: lanes.iter().filter_map(|lane| lane.waiting.oldest).min(),
+            },
+            spool_limit_bytes: shared.settings.spool_limit_bytes.max(SPOOL_LIMIT_MIN_BYTES),
+            put_failure,
+            spool_failure: lock(&shared.counters.spool_failure).clone(),
+            lanes,
+            sources: shared.sequences.stats(),
+        })
     }
 }
 
@@ -657,6 +720,25 @@ impl Drop for OpenLane {
 }
 
 impl Shared {
+    fn lane(self: &Arc<Self>, partition_key: &str, source_ip: Option<IpAddr>) -> Lane {
+        let mut lanes = lock(&self.lanes);
+        if let Some(open) = lanes.get(partition_key).and_then(Weak::upgrade) {
+            return Lane(open);
+        }
+        let id = self.next_lane.fetch_add(1, Ordering::Relaxed);
+        let partition_key = partition_key.to_owned();
+        let info = LaneInfo {
+            partition_key: partition_key.clone(),
+            source: self.settings.source.clone(),
+            source_ip,
+        };
+        // A closed producer says so when a message is sent.
+        let _ = self.requests.send(Request::Open { lane: id, info });
+        let open = Arc::new(OpenLane { id, partition_key, shared: self.clone() });
+        lanes.insert(open.partition_key.clone(), Arc::downgrade(&open));
+        Lane(open)
+    }
+
     async fn flush(&self, lane: Option<LaneId>) -> Result<(), SendError> {
         let (done, concerned) = oneshot::channel();
         self.requests.send(Request::Flush { lane, done }).map_err(|_| SendError::Closed)?;
@@ -672,6 +754,7 @@ impl Counters {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         ProducerReport {
             connections: read(&self.connections),
+            refused_connections: read(&self.refused_connections),
             messages: read(&self.messages),
             left: read(&self.left),
             put: read(&self.put),
@@ -681,6 +764,7 @@ impl Counters {
             heartbeats: read(&self.heartbeats),
             empty_frames: read(&self.empty_frames),
             dead_letters: read(&self.dead_letters),
+            missing: read(&self.missing),
         }
     }
 }

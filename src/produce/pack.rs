@@ -3,6 +3,7 @@
 use std::io::Write as _;
 
 use flate2::{Compression, write::GzEncoder};
+use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::spool::Spooled;
@@ -43,6 +44,8 @@ pub(super) struct Packed {
     pub messages: u64,
     /// What the messages take in the spool.
     pub spooled_bytes: u64,
+    /// When the first of them was received.
+    pub oldest: Timestamp,
 }
 
 /// Makes one record of messages of one lane.
@@ -54,6 +57,7 @@ pub(super) struct Packer<'a> {
     limit_bytes: usize,
     messages: u64,
     spooled_bytes: u64,
+    oldest: Timestamp,
     /// How large the data is so far, without gzip and with what closes it.
     size_bytes: usize,
     content: Content,
@@ -84,6 +88,7 @@ impl<'a> Packer<'a> {
             limit_bytes: packing.record_limit_bytes.saturating_sub(key_bytes),
             messages: 0,
             spooled_bytes: 0,
+            oldest: Timestamp::MAX,
             size_bytes,
             content,
         }
@@ -138,6 +143,7 @@ impl<'a> Packer<'a> {
         }
         self.messages += 1;
         self.spooled_bytes += message.spooled_bytes();
+        self.oldest = self.oldest.min(message.received_at);
         true
     }
 
@@ -168,7 +174,8 @@ impl<'a> Packer<'a> {
             } => zipped(data),
             _ => data,
         };
-        Some(Packed { data, messages: self.messages, spooled_bytes: self.spooled_bytes })
+        let Self { messages, spooled_bytes, oldest, .. } = self;
+        Some(Packed { data, messages, spooled_bytes, oldest })
     }
 }
 
@@ -184,7 +191,6 @@ fn zipped(data: Vec<u8>) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
     use proptest::prelude::*;
     use serde_json::Value;
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    net::IpAddr,
     ops::ControlFlow,
     sync::Arc,
     time::Duration,
@@ -29,6 +30,7 @@ use super::{
     pack::{Packed, Packer, Packing},
     shards::hash_key,
     spool::{LaneId, LaneInfo, Left, SpoolError, Store},
+    stats::{Failure, LaneStats, PutStats, RetryReason, Stored, Waiting},
 };
 use crate::{
     aws::{self, AwsError, AwsErrorKind, Reconnecting},
@@ -135,13 +137,32 @@ pub(super) struct Putter<P> {
     pub resharded: Arc<Notify>,
     pub room: Arc<Room>,
     pub counters: Arc<Counters>,
+    /// Of all lanes, also of those that are gone.
+    pub puts: PutStats,
+    /// Who wants to know how it is.
+    pub asked: mpsc::UnboundedReceiver<oneshot::Sender<Snapshot>>,
+    pub failing: Option<Failing>,
     pub stop: CancellationToken,
+}
+
+/// How the putting is at one moment.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    pub puts: PutStats,
+    pub failure: Option<Failure>,
+    /// Each with the place of its first message that waits. When that was received is still to be read
+    /// from the spool.
+    pub lanes: Vec<(LaneId, u64, LaneStats)>,
 }
 
 /// A lane as far as it has to do with bytes.
 pub(super) struct Source {
     events: Arc<EventSource>,
+    source_ip: Option<IpAddr>,
     hash_key: u128,
+    /// Since its first record.
+    puts: Option<PutStats>,
+    spooled_bytes: u64,
     /// The place of the first message that is not in Kinesis, and of the one that is received next.
     first: u64,
     next: u64,
@@ -160,33 +181,66 @@ impl Source {
         let key = info.partition_key.clone();
         Self {
             hash_key: hash_key(&key),
+            source_ip: info.source_ip,
+            puts: None,
+            spooled_bytes: 0,
             events: Arc::new(EventSource::new(key, &info.source, info.source_ip)),
             first,
             next,
             waiters: VecDeque::new(),
         }
     }
+
+    fn stats(&self) -> LaneStats {
+        LaneStats {
+            partition_key: self.events.partition_key().to_owned(),
+            source_ip: self.source_ip,
+            puts: self.puts.clone().unwrap_or_default(),
+            waiting: Waiting {
+                messages: self.next - self.first,
+                spooled_bytes: self.spooled_bytes,
+                oldest: None,
+            },
+        }
+    }
+}
+
+impl TurnReturned {
+    fn unreadable(lane: LaneId) -> Self {
+        let retry = Some(RetryReason::Spool);
+        Self { lane, outcome: Outcome::NotStored, stored: None, retry }
+    }
 }
 
 /// What became of a call.
 struct Returned {
-    outcomes: Vec<(LaneId, Outcome, Option<StoredAt>)>,
+    turns: Vec<TurnReturned>,
+    latency: Duration,
     /// One of the reasons why a record was not stored.
     failure: Option<String>,
 }
 
+struct TurnReturned {
+    lane: LaneId,
+    outcome: Outcome,
+    /// Where the record is, and when its oldest message was received.
+    stored: Option<(StoredAt, Timestamp)>,
+    retry: Option<RetryReason>,
+}
+
 /// A failure that lasts.
-struct Failing {
-    since: Instant,
-    failures: u64,
+pub(super) struct Failing {
+    began: Instant,
     remind_at: Instant,
+    failure: Failure,
 }
 
 impl<P: PutRecords> Putter<P> {
     /// Lets lanes that an earlier process left go first.
     pub(super) fn recover(&mut self, left: &[Left], now: Instant) {
         for lane in left {
-            let source = Source::new(&lane.info, lane.first, lane.first + lane.messages);
+            let mut source = Source::new(&lane.info, lane.first, lane.first + lane.messages);
+            source.spooled_bytes = lane.spooled_bytes;
             self.lanes.open(lane.lane, source.hash_key, &host(&lane.info));
             self.lanes.arrived(lane.lane, lane.messages, lane.spooled_bytes, now, now);
             self.sources.insert(lane.lane, source);
@@ -200,7 +254,6 @@ impl<P: PutRecords> Putter<P> {
         // Nothing is received that nobody puts.
         let _ended = self.stop.clone().drop_guard();
         let mut calls: JoinSet<Returned> = JoinSet::new();
-        let mut failing = None;
         let stop = self.stop.clone();
         loop {
             let now = Instant::now();
@@ -216,7 +269,7 @@ impl<P: PutRecords> Putter<P> {
                 biased;
                 () = stop.cancelled() => return,
                 Some(returned) = calls.join_next() => match returned {
-                    Ok(returned) => self.returned(returned, &mut failing),
+                    Ok(returned) => self.returned(returned),
                     Err(error) => {
                         tracing::error!(stream = self.stream, "a call broke off: {error}");
                         return;
@@ -230,6 +283,10 @@ impl<P: PutRecords> Putter<P> {
                     }
                 }
                 Some(shards) = self.shards.recv() => self.lanes.set_shards(&shards, Instant::now()),
+                Some(asked) = self.asked.recv() => {
+                    // Whoever asked may have gone.
+                    let _ = asked.send(self.snapshot());
+                }
                 () = sleep_until(wake_at) => {}
             }
         }
@@ -246,6 +303,7 @@ impl<P: PutRecords> Putter<P> {
             Committed::Appended(Appended { lane, messages, spooled_bytes, due, receipts }) => {
                 if let Some(source) = self.sources.get_mut(&lane) {
                     source.next += messages;
+                    source.spooled_bytes += spooled_bytes;
                     let receipts = receipts.into_iter();
                     source.waiters.extend(receipts.map(|(place, r)| (place, Waiter::Receipt(r))));
                 }
@@ -297,86 +355,117 @@ impl<P: PutRecords> Putter<P> {
             match forming.await {
                 Ok(formed) => put_formed(&put, formed).await,
                 Err(error) => Returned {
-                    outcomes: lanes.into_iter().map(|id| (id, Outcome::NotStored, None)).collect(),
+                    turns: lanes.into_iter().map(TurnReturned::unreadable).collect(),
+                    latency: Duration::ZERO,
                     failure: Some(format!("no records could be formed: {error}")),
                 },
             }
         }
     }
 
-    fn returned(&mut self, returned: Returned, failing: &mut Option<Failing>) {
+    fn returned(&mut self, returned: Returned) {
         let now = Instant::now();
-        let mut stored = false;
-        let mut outcomes = Vec::with_capacity(returned.outcomes.len());
-        for (lane, outcome, at) in returned.outcomes {
+        let mut any_stored = false;
+        let mut outcomes = Vec::with_capacity(returned.turns.len());
+        for TurnReturned { lane, outcome, stored, retry } in returned.turns {
             outcomes.push((lane, outcome));
-            if let (Outcome::Stored { messages, spooled_bytes, record_bytes }, Some(at)) =
-                (outcome, at)
+            if let (Outcome::Stored { messages, spooled_bytes, record_bytes }, Some((at, oldest))) =
+                (outcome, stored)
             {
-                stored = true;
-                self.stored(lane, messages, &at);
+                any_stored = true;
+                let age = Timestamp::now().duration_since(oldest);
+                let stored = Stored {
+                    messages,
+                    bytes: record_bytes as u64,
+                    latency: returned.latency,
+                    // A clock may have gone back.
+                    age: age.try_into().unwrap_or_default(),
+                };
+                self.puts.stored(stored);
+                self.stored(lane, stored, spooled_bytes, &at);
                 self.room.release(spooled_bytes);
                 add(&self.counters.put, messages);
                 add(&self.counters.records, 1);
                 add(&self.counters.bytes, record_bytes as u64);
             }
+            if let Some(reason) = retry {
+                self.puts.retried(reason);
+                if let Some(source) = self.sources.get_mut(&lane) {
+                    source.puts.get_or_insert_default().retried(reason);
+                }
+            }
         }
         for lane in self.lanes.returned(outcomes, now) {
             self.finished(lane);
         }
-        if let Some(failure) = returned.failure {
-            let failing =
-                failing.get_or_insert(Failing { since: now, failures: 0, remind_at: now });
-            failing.failures += 1;
-            if now >= failing.remind_at {
-                failing.remind_at = now + REMINDER_INTERVAL;
-                tracing::warn!(
-                    stream = self.stream,
-                    failures = failing.failures,
-                    waiting = self.lanes.messages(),
-                    oldest = self.oldest().map(tracing::field::display),
-                    "{failure}; the connection's messages wait, in order, and the record is put \
-                     again until Kinesis has it"
-                );
-            }
+        if let Some(reason) = returned.failure {
+            self.failed(reason, now);
         }
-        if stored
+        if any_stored
             && !self.lanes.in_trouble()
-            && let Some(failing) = failing.take()
+            && let Some(Failing { began, failure, .. }) = self.failing.take()
         {
             tracing::info!(
                 stream = self.stream,
-                failures = failing.failures,
+                failures = failure.failures,
                 "Kinesis takes records again after {:.1} s",
-                (now - failing.since).as_secs_f64()
+                (now - began).as_secs_f64()
             );
+        }
+    }
+
+    fn failed(&mut self, reason: String, now: Instant) {
+        let failing = self.failing.get_or_insert_with(|| Failing {
+            began: now,
+            remind_at: now,
+            failure: Failure::new(),
+        });
+        failing.failure.again(reason);
+        if now < failing.remind_at {
+            return;
+        }
+        failing.remind_at = now + REMINDER_INTERVAL;
+        let Failure { failures, reason, .. } = failing.failure.clone();
+        tracing::warn!(
+            stream = self.stream,
+            failures,
+            waiting = self.lanes.messages(),
+            oldest = self.oldest().map(tracing::field::display),
+            "{reason}; the connection's messages wait, in order, and the record is put again until \
+             Kinesis has it"
+        );
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut lanes: Vec<_> =
+            self.sources.iter().map(|(id, source)| (*id, source.first, source.stats())).collect();
+        lanes.sort_unstable_by_key(|(id, ..)| *id);
+        Snapshot {
+            puts: self.puts.clone(),
+            failure: self.failing.as_ref().map(|failing| failing.failure.clone()),
+            lanes,
         }
     }
 
     /// When the oldest message that waits was received.
     fn oldest(&self) -> Option<Timestamp> {
-        let first_of = |lane| {
-            let mut first = None;
-            let read = self.store.read(lane, self.sources.get(&lane)?.first, &mut |message| {
-                first = Some(message.received_at);
-                ControlFlow::Break(())
-            });
-            read.ok().and(first)
-        };
-        self.lanes.waiting().filter_map(first_of).min()
+        let received_at = |lane| self.store.received_at(lane, self.sources.get(&lane)?.first);
+        self.lanes.waiting().filter_map(received_at).min()
     }
 
     /// The next messages of a lane are in Kinesis.
-    fn stored(&mut self, lane: LaneId, messages: u64, at: &StoredAt) {
+    fn stored(&mut self, lane: LaneId, stored: Stored, spooled_bytes: u64, at: &StoredAt) {
         let Some(source) = self.sources.get_mut(&lane) else { return };
         tracing::debug!(
             stream = self.stream,
             shard = at.shard,
             sequence_number = at.sequence_number,
-            messages,
+            messages = stored.messages,
             "record put"
         );
-        source.first += messages;
+        source.puts.get_or_insert_default().stored(stored);
+        source.first += stored.messages;
+        source.spooled_bytes = source.spooled_bytes.saturating_sub(spooled_bytes);
         // The spool may have ended before: then the next process puts them again.
         let _ = self.requests.send(Request::Put { lane, count: source.first });
         while let Some((place, waiter)) = source.waiters.pop_front() {
@@ -462,18 +551,25 @@ fn form(
 }
 
 async fn put_formed(put: &impl PutRecords, formed: Vec<Formed>) -> Returned {
-    let mut returned = Returned { outcomes: Vec::with_capacity(formed.len()), failure: None };
-    let (mut records, mut sizes) = (Vec::new(), Vec::new());
+    let mut returned = Returned {
+        turns: Vec::with_capacity(formed.len()),
+        latency: Duration::ZERO,
+        failure: None,
+    };
+    let (mut records, mut put_of) = (Vec::new(), Vec::new());
     for Formed { lane, partition_key, record } in formed {
         match record {
-            Ok(Some(packed)) => {
-                let record_bytes = packed.data.len() + partition_key.len();
-                sizes.push((lane, packed.messages, packed.spooled_bytes, record_bytes));
-                records.push(Entry { partition_key, data: packed.data });
+            Ok(Some(Packed { data, messages, spooled_bytes, oldest })) => {
+                let record_bytes = data.len() + partition_key.len();
+                put_of.push((lane, messages, spooled_bytes, record_bytes, oldest));
+                records.push(Entry { partition_key, data });
             }
-            Ok(None) => returned.outcomes.push((lane, Outcome::NotPut, None)),
+            Ok(None) => {
+                let outcome = Outcome::NotPut;
+                returned.turns.push(TurnReturned { lane, outcome, stored: None, retry: None });
+            }
             Err(error) => {
-                returned.outcomes.push((lane, Outcome::NotStored, None));
+                returned.turns.push(TurnReturned::unreadable(lane));
                 returned.failure = Some(error.to_string());
             }
         }
@@ -481,14 +577,23 @@ async fn put_formed(put: &impl PutRecords, formed: Vec<Formed>) -> Returned {
     if records.is_empty() {
         return returned;
     }
+    let began = Instant::now();
     let results = match put.put_records(records).await {
         Ok(results) => results,
-        Err(error) => vec![Err(error); sizes.len()],
+        Err(error) => vec![Err(error); put_of.len()],
     };
-    for ((lane, messages, spooled_bytes, record_bytes), result) in sizes.into_iter().zip(results) {
-        let (outcome, at) = match result {
-            Ok(at) => (Outcome::Stored { messages, spooled_bytes, record_bytes }, Some(at)),
+    returned.latency = began.elapsed();
+    for (put, result) in put_of.into_iter().zip(results) {
+        let (lane, messages, spooled_bytes, record_bytes, oldest) = put;
+        returned.turns.push(match result {
+            Ok(at) => TurnReturned {
+                lane,
+                outcome: Outcome::Stored { messages, spooled_bytes, record_bytes },
+                stored: Some((at, oldest)),
+                retry: None,
+            },
             Err(error) => {
+                returned.failure = Some(error.to_string());
                 let outcome = match error.kind() {
                     AwsErrorKind::Throttled => Outcome::Throttled,
                     AwsErrorKind::Unreachable | AwsErrorKind::Server => {
@@ -497,11 +602,10 @@ async fn put_formed(put: &impl PutRecords, formed: Vec<Formed>) -> Returned {
                     AwsErrorKind::Refused => Outcome::Refused,
                     _ => Outcome::NotStored,
                 };
-                returned.failure = Some(error.to_string());
-                (outcome, None)
+                let retry = Some(RetryReason::of(error.kind()));
+                TurnReturned { lane, outcome, stored: None, retry }
             }
-        };
-        returned.outcomes.push((lane, outcome, at));
+        });
     }
     returned
 }

@@ -16,9 +16,17 @@ pub struct ShardRate {
     pub records: u32,
 }
 
+impl ShardRate {
+    /// So many bytes, with 1000 records for each MiB.
+    pub fn of_bytes(bytes: u32) -> Self {
+        let records = u64::from(bytes) * 1000 / (1024 * 1024);
+        Self { bytes: bytes.max(1), records: u32::try_from(records).unwrap_or(u32::MAX).max(1) }
+    }
+}
+
 impl Default for ShardRate {
     fn default() -> Self {
-        Self { bytes: 1024 * 1024, records: 1000 }
+        Self::of_bytes(1024 * 1024)
     }
 }
 

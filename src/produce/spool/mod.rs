@@ -297,6 +297,16 @@ impl Store {
         }
     }
 
+    /// When the message at a place of a lane was received; `None` if it cannot be read.
+    pub(super) fn received_at(&self, lane: LaneId, place: u64) -> Option<Timestamp> {
+        let mut found = None;
+        let read = self.read(lane, place, &mut |message| {
+            found = Some(message.received_at);
+            ControlFlow::Break(())
+        });
+        read.ok().and(found)
+    }
+
     /// Visits the messages of a lane in their order, from a place on.
     pub(super) fn read(
         &self,
