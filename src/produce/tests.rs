@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
+use futures_util::FutureExt as _;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
@@ -9,6 +10,7 @@ use serde_json::Value;
 use super::{
     put::Entry,
     shards::{hash_key, tests::shards},
+    spool::tests::Device,
     *,
 };
 use crate::aws::{AwsError, AwsErrorKind};
@@ -21,6 +23,8 @@ struct State {
     rng: ChaCha8Rng,
     /// Chance in a hundred that something happens to a call.
     faults: u32,
+    /// No call reaches it.
+    away: bool,
     /// The data of all records, by partition key.
     stored: BTreeMap<String, Vec<Vec<u8>>>,
     sequence: u64,
@@ -40,6 +44,7 @@ impl Faulty {
         Self(Arc::new(Mutex::new(State {
             rng: ChaCha8Rng::seed_from_u64(seed),
             faults,
+            away: false,
             stored: BTreeMap::new(),
             sequence: 0,
             taken: Vec::new(),
@@ -110,6 +115,9 @@ impl PutRecords for Faulty {
             (state.delay(), state.delay(), state.happens(faults), state.rng.random_range(0..7))
         };
         tokio::time::sleep(before).await;
+        if lock(&self.0).away {
+            return Err(error(Unreachable));
+        }
         let whole = match fault {
             0 => Some(Throttled),
             1 => Some(Server),
@@ -143,6 +151,25 @@ impl PutRecords for Faulty {
     }
 }
 
+/// What is left of a lane's lines without what was put again by a producer that had crashed. It begins
+/// again at the first line that it did not know to be in the stream: so a repeat begins somewhere before
+/// and goes on to the end, and beyond.
+fn once(lines: &[String]) -> Vec<&String> {
+    let mut once: Vec<&String> = Vec::new();
+    let mut place = 0;
+    for line in lines {
+        if once.get(place) != Some(&line) {
+            assert_eq!(place, once.len(), "a repeat goes on to the end: {line}");
+            match once.iter().position(|earlier| *earlier == line) {
+                Some(again) => place = again,
+                None => once.push(line),
+            }
+        }
+        place += 1;
+    }
+    once
+}
+
 fn start(put: Faulty, settings: ProducerSettings, store: Store, left: Vec<Left>) -> Producer {
     let (listed, shard_lists) = mpsc::channel(1);
     listed.try_send(shards(2)).expect("room for one");
@@ -156,9 +183,9 @@ fn run<T>(work: impl Future<Output = T>) -> T {
     builder.enable_time().start_paused(true).build().expect("a runtime").block_on(work)
 }
 
-/// How many random schedules to run, and from which seed; `TRAMLINE_TEST_SEED` runs that one alone.
+/// How many random schedules to run, and from which seed; `TRAMLINE_SEED` runs that one alone.
 fn seeds(count: u64) -> impl Iterator<Item = u64> {
-    let given = std::env::var("TRAMLINE_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let given = std::env::var("TRAMLINE_SEED").ok().and_then(|seed| seed.parse().ok());
     let first = given.unwrap_or_else(|| u64::from(rand::random::<u32>()));
     (first..).take(if given.is_some() { 1 } else { count as usize })
 }
@@ -166,7 +193,7 @@ fn seeds(count: u64) -> impl Iterator<Item = u64> {
 #[test]
 fn p7_p8_whatever_happens_to_calls_the_stream_holds_every_message_of_every_lane_in_order() {
     for seed in seeds(1000) {
-        println!("TRAMLINE_TEST_SEED={seed}");
+        println!("TRAMLINE_SEED={seed}");
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let faults = rng.random_range(0..90);
         let stream = Faulty::new(seed, faults);
@@ -210,6 +237,131 @@ fn p7_p8_whatever_happens_to_calls_the_stream_holds_every_message_of_every_lane_
         assert_eq!(stream.lines(), sent, "seed {seed}");
         assert_eq!(report.waiting(), 0);
     }
+}
+
+#[test]
+fn p7_p8_what_was_spooled_survives_crashes_and_full_disks_in_order() {
+    for seed in seeds(200) {
+        println!("TRAMLINE_SEED={seed}");
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let stream = Faulty::new(seed, rng.random_range(0..80));
+        let settings = ProducerSettings {
+            batch: BatchPolicy {
+                delay: Duration::from_millis(rng.random_range(0..300)),
+                ..Default::default()
+            },
+            record_limit_bytes: rng.random_range(1500..5000),
+            shutdown_limit: Duration::from_secs(100_000),
+            ..Default::default()
+        };
+        let mut device = Device::default();
+        // By key and session: the lines, and how many of them were surely in the spool or the stream.
+        let mut sent: BTreeMap<(String, usize), (Vec<String>, usize)> = BTreeMap::new();
+        let sessions = rng.random_range(1..5);
+        for session in 0..=sessions {
+            let disk = device.open().expect("a spool");
+            let left = disk.left().expect("what is left");
+            // What is returned outlives the runtime: nothing ends cleanly but the last session.
+            let crashed = run(async {
+                let producer = start(stream.clone(), settings.clone(), Store::Disk(disk), left);
+                let (mut full, mut was_full) = (false, false);
+                let mut receipts = Vec::new();
+                for n in 0..rng.random_range(0..40) {
+                    let key = format!("key {}", rng.random_range(0..3));
+                    let line = format!("{session}-{n},{key},TMOV");
+                    let lane = producer.lane(&key, None);
+                    receipts.push((key.clone(), lane.send(&line).await.expect("it is open")));
+                    sent.entry((key, session)).or_default().0.push(line);
+                    if rng.random_bool(0.1) {
+                        (full, was_full) = (!full, true);
+                        device.set_full(full);
+                    }
+                    if rng.random_bool(0.3) {
+                        let pause = Duration::from_millis(rng.random_range(0..400));
+                        tokio::time::sleep(pause).await;
+                        if !was_full && pause > 2 * settings.spool_commit_delay {
+                            let now = sent.iter_mut().filter(|((_, of), _)| *of == session);
+                            now.for_each(|(_, (lines, known))| *known = lines.len());
+                        }
+                    }
+                }
+                let crashes = session < sessions;
+                if !crashes {
+                    device.set_full(false);
+                    producer.flush().await.expect("everything is put");
+                }
+                let mut put: BTreeMap<String, usize> = BTreeMap::new();
+                for (key, receipt) in receipts {
+                    if receipt.now_or_never().is_some_and(|at| at.is_ok()) {
+                        *put.entry(key).or_default() += 1;
+                    }
+                }
+                for (key, put) in put {
+                    let (_, known) = sent.entry((key, session)).or_default();
+                    *known = put.max(*known);
+                }
+                producer
+            });
+            drop(crashed);
+            device.set_full(false);
+            device = device.after_power_loss(&mut rng);
+        }
+        for (key, lines) in stream.lines() {
+            let mut rest = once(&lines).into_iter().peekable();
+            for ((_, session), (lines, known)) in sent.iter().filter(|((k, _), _)| *k == key) {
+                let mut found = 0;
+                while rest.next_if(|line| lines.get(found) == Some(*line)).is_some() {
+                    found += 1;
+                }
+                assert!(found >= *known, "seed {seed}, {key}, session {session}: {found}");
+            }
+            assert_eq!(rest.next(), None, "seed {seed}, {key}: out of place");
+        }
+    }
+}
+
+#[test]
+fn what_happens_is_counted_for_each_lane_and_in_total() {
+    let stream = Faulty::new(1, 0);
+    run(async {
+        let producer = start(stream.clone(), ProducerSettings::default(), Store::memory(), vec![]);
+        let monitor = producer.monitor();
+        let (a, b) = (producer.lane("a", None), producer.lane("b", None));
+        for line in ["1,TMOV,x", "2,TMOV,x"] {
+            a.send(line).await.expect("open").await.expect("put");
+        }
+        lock(&stream.0).away = true;
+        let waits = b.send("1,TMOV,x").await.expect("open");
+        tokio::time::sleep(Duration::from_secs(5)).await;
+
+        let stats = monitor.stats().await.expect("open");
+        assert_eq!((stats.puts.messages, stats.puts.records), (2, 2));
+        assert_eq!(stats.puts.bytes, stats.report.bytes);
+        assert_eq!((stats.puts.record_messages.len(), stats.puts.record_bytes.len()), (2, 2));
+        let failures = stats.put_failure.expect("it fails").failures;
+        assert!(failures > 1);
+        assert_eq!(stats.puts.retries, BTreeMap::from([(RetryReason::Unreachable, failures)]));
+        assert_eq!(stats.waiting.messages, 1);
+        assert_eq!(stats.waiting.spooled_bytes, 8 + 12);
+        assert!(stats.waiting.oldest.is_some());
+        let [of_a, of_b] = &stats.lanes[..] else { panic!("{:?}", stats.lanes) };
+        assert_eq!((of_a.partition_key.as_str(), of_a.puts.messages), ("a", 2));
+        assert_eq!((of_a.waiting.messages, of_a.waiting.oldest), (0, None));
+        assert_eq!((of_b.puts.messages, of_b.puts.retries.len()), (0, 1));
+        assert_eq!(of_b.waiting, stats.waiting);
+
+        lock(&stream.0).away = false;
+        waits.await.expect("put");
+        let stats = monitor.stats().await.expect("open");
+        assert_eq!((stats.put_failure, stats.waiting), (None, Waiting::default()));
+        assert_eq!(stats.puts.latency_micros.len(), 3);
+        drop(b);
+        producer.flush().await.expect("put");
+        let stats = monitor.stats().await.expect("open");
+        assert_eq!((stats.lanes.len(), stats.puts.messages), (1, 3), "the total stays");
+        producer.close().await.expect("all is put");
+        assert_eq!(monitor.stats().await.err(), Some(SendError::Closed));
+    });
 }
 
 #[test]

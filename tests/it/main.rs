@@ -13,6 +13,8 @@ mod hand_over;
 mod lease_faults;
 mod local;
 mod produce;
+mod produce_faults;
+mod produce_listener;
 mod produce_spool;
 mod proxy;
 mod read_faults;

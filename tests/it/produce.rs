@@ -7,25 +7,14 @@ use std::{
     time::Duration,
 };
 
-use crate::support::{Running, Servers, lines, raws, run, tramline, wait_for};
+use crate::support::{Running, Servers, lines, listening, raws, run, tramline, wait_for};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 
 fn start(servers: &Servers, more: &[&str]) -> (Running, String) {
     let args = ["produce", "--listen", "127.0.0.1:0", "--stream", STREAM, "--spool", "none"];
     let args = [&args, more].concat();
-    listening(Running::start(servers.tramline(&args)))
-}
-
-/// Waits for the line that names the address.
-fn listening(producer: Running) -> (Running, String) {
-    let address = wait_for("the producer to listen", || {
-        let log = producer.stderr();
-        let line = log.lines().find(|line| line.contains("listening for OCS connections"))?;
-        let address = line.split("address=").nth(1)?.split(' ').next()?;
-        Some(address.to_owned())
-    });
-    (producer, address)
+    listening(servers.tramline(&args))
 }
 
 /// The binary with a Kinesis at a port where nothing may listen.
@@ -149,7 +138,7 @@ fn the_environment_of_the_rfc_works() {
     let servers = Servers::with_stream(STREAM, 1);
     let mut command = servers.tramline(&["produce", "--spool", "none"]);
     command.env("LISTEN_PORT", "0").env("KINESIS_STREAM", STREAM);
-    let (producer, address) = listening(Running::start(command));
+    let (producer, address) = listening(command);
     assert!(address.starts_with("0.0.0.0:"), "{address}");
     producer.stop().succeeded();
 }
@@ -174,7 +163,7 @@ fn p7_what_arrives_while_aws_is_away_is_put_in_order_when_it_is_back() {
     let port =
         TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
     let command = at_port(port, &["--spool", "none"]);
-    let (producer, address) = listening(Running::start(command));
+    let (producer, address) = listening(command);
     let mut socket = TcpStream::connect(&address).expect("a connection");
     for line in lines(0, 500) {
         socket.write_all(&[line.as_bytes(), &[4]].concat()).expect("a write");
@@ -225,7 +214,7 @@ fn p8_what_has_arrived_when_the_producer_is_stopped_is_put() {
 #[test]
 fn a_stop_while_aws_is_away_says_what_is_lost_and_fails() {
     let command = at_port(1, &["--spool", "none", "--shutdown-limit", "300ms"]);
-    let (producer, address) = listening(Running::start(command));
+    let (producer, address) = listening(command);
     let mut socket = TcpStream::connect(&address).expect("a connection");
     socket.write_all(b"1,DIAG,12:00:00,a\x042,DIAG,12:00:00,b\x04").expect("a write");
     producer.wait_for_log("the connection's messages wait");
@@ -244,7 +233,7 @@ fn a_stop_while_aws_is_away_says_what_is_lost_and_fails() {
 fn p8_a_full_spool_pushes_back_to_the_sender() {
     let more = ["--spool", "none", "--spool-limit", "1MiB", "--shutdown-limit", "300ms"];
     let command = at_port(1, &more);
-    let (_producer, address) = listening(Running::start(command));
+    let (_producer, address) = listening(command);
     let mut socket = TcpStream::connect(&address).expect("a connection");
     socket.set_write_timeout(Some(Duration::from_secs(2))).expect("an option");
     let line = [&[b'x'; 1000][..], &[4]].concat();

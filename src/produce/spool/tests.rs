@@ -16,10 +16,10 @@ use super::*;
 
 /// A disk in memory. What was written after the last sync may be lost, each write for itself.
 #[derive(Debug, Clone, Default)]
-struct Device(Arc<Mutex<Blocks>>);
+pub(in crate::produce) struct Device(Arc<Mutex<Blocks>>);
 
 #[derive(Debug, Default)]
-struct Blocks {
+pub(in crate::produce) struct Blocks {
     content: Vec<u8>,
     synced: Vec<u8>,
     /// Writes since the last sync.
@@ -28,12 +28,12 @@ struct Blocks {
 }
 
 impl Device {
-    fn set_full(&self, full: bool) {
+    pub(in crate::produce) fn set_full(&self, full: bool) {
         lock(&self.0).full = full;
     }
 
     /// What a machine finds that starts again: some of the last writes arrived.
-    fn after_power_loss(&self, rng: &mut ChaCha8Rng) -> Self {
+    pub(in crate::produce) fn after_power_loss(&self, rng: &mut ChaCha8Rng) -> Self {
         let blocks = lock(&self.0);
         let mut content = blocks.synced.clone();
         content.resize(blocks.content.len(), 0);
@@ -45,7 +45,7 @@ impl Device {
         Self(Arc::new(Mutex::new(Blocks { synced: content.clone(), content, ..Blocks::default() })))
     }
 
-    fn open(&self) -> Result<Disk, SpoolError> {
+    pub(in crate::produce) fn open(&self) -> Result<Disk, SpoolError> {
         let device = self.clone();
         let open = move || Database::builder().create_with_backend(device.clone());
         Disk::with(&PathBuf::from("device"), "stream", Box::new(open))
