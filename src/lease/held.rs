@@ -205,8 +205,20 @@ impl<S: LeaseStore> HeldLease<S> {
                 Ok(())
             }
             Err(error) => {
-                match error {
-                    LeaseError::Lost { .. } => self.lost.cancel(),
+                match &error {
+                    LeaseError::Lost { shard, owner } => {
+                        // After a write that lets go, another's lease is as it should be.
+                        let letting_go = self.letting_go.load(Ordering::Acquire);
+                        if !letting_go && !self.lost.is_cancelled() {
+                            let owner = owner.as_deref().unwrap_or("nobody");
+                            tracing::warn!(
+                                %shard, owner,
+                                "lease lost: delivery of the shard stops here, and what was handled since \
+                                 the last checkpoint comes again to its new owner"
+                            );
+                        }
+                        self.lost.cancel();
+                    }
                     LeaseError::Gone { .. } => {
                         self.gone.store(true, Ordering::Release);
                         self.lost.cancel();
@@ -283,12 +295,7 @@ impl<S: LeaseStore> HeldLease<S> {
                     }
                     backoff.reset();
                 }
-                Ok(Err(LeaseError::Lost { .. })) if self.let_go.load(Ordering::Acquire) => return,
-                Ok(Err(LeaseError::Lost { shard, owner })) => {
-                    let owner = owner.as_deref().unwrap_or("nobody");
-                    tracing::warn!(%shard, owner, "lease lost: delivery of the shard stops here");
-                    return;
-                }
+                Ok(Err(LeaseError::Lost { .. })) => return,
                 Ok(Err(error @ LeaseError::Gone { .. })) => {
                     tracing::warn!("{error}: delivery of the shard stops here");
                     return;
