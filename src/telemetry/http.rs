@@ -96,6 +96,9 @@ impl Served {
             history: Mutex::default(),
             fleet: tokio::sync::Mutex::default(),
         });
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!("status page at http://{address}/, with /healthz, /readyz and /metrics");
+        }
         let router = Router::new()
             .route("/", get(async || with_headers(Html(PAGE))))
             .route("/healthz", get(async || with_headers(Json(json!({"alive": true})))))
