@@ -63,6 +63,7 @@ pub mod cli;
 pub mod feed;
 mod handler;
 mod host;
+mod latency;
 pub mod lease;
 #[cfg(feature = "local")]
 pub mod local;
@@ -73,6 +74,8 @@ pub mod record;
 mod redrive;
 pub mod shard;
 mod source;
+#[cfg(feature = "cli")]
+mod telemetry;
 mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
@@ -81,12 +84,13 @@ pub use handler::{
     Ack, Batch, Coalesce, Concurrent, DeadLetterError, DeadLetters, Deduplicate, Handler,
     MessagesFailed, OnFailure, Retries, RetryPer, StopReason, Tenure, Tolerance,
 };
+pub use latency::LatencySummary;
 pub use lease::LeaseError;
 pub use produce::{PartitionKey, ProduceError, Producer, ProducerReport, ProducerSettings};
 pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};
 pub use worker::{
-    Load, MaxCheckpointAge, Messages, OnStuck, Poller, Received, Report, StartPosition, Worker,
-    WorkerBuilder, WorkerError, shutdown_signal,
+    LeaseMoves, Load, MaxCheckpointAge, Messages, Observer, OnStuck, Poller, Received, Report,
+    ShardStatus, StartPosition, Worker, WorkerBuilder, WorkerError, WorkerStatus, shutdown_signal,
 };

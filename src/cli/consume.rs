@@ -5,12 +5,13 @@ use clap::Args;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use super::{Outcome, values};
+use super::{Outcome, Watched, fleet, values};
 use crate::{
     Checkpoints, DeadLetters, MaxCheckpointAge, OnFailure, OnStuck, Retries, Retrieval,
     StartPosition, Tolerance, Worker,
     feed::{Format, Stdout},
     host,
+    telemetry::{self, Served},
 };
 
 /// Reads a stream as one worker of an application and writes its messages to stdout, which carries
@@ -136,7 +137,12 @@ pub(super) struct Consume {
 }
 
 impl Consume {
-    pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+    pub(super) async fn run(
+        self,
+        config: &SdkConfig,
+        watched: Option<Watched>,
+        stop: CancellationToken,
+    ) -> Outcome {
         if self.refuse_above_memory.is_some() && host::resident_bytes().is_none() {
             return Err(
                 "--refuse-above-memory needs /proc/self/status, which this system does not have; \
@@ -144,6 +150,17 @@ impl Consume {
                     .into(),
             );
         }
+        let watched = match watched {
+            Some(watched) => Some((telemetry::bind(watched.address).await?, watched.recent)),
+            None => None,
+        };
+        let title = format!("{}, application {}", self.stream.join(", "), self.app);
+        // Without a lease table this is the only worker.
+        let has_table = !self.no_checkpoint
+            && (self.checkpoint == Checkpoints::default() || self.checkpoint.is_per_shard());
+        let fleet = has_table.then(|| {
+            fleet::looker(config, &self.stream, self.lease_table.as_deref().unwrap_or(&self.app))
+        });
         let stdout = Stdout::new(self.format)?;
         let feed = stdout.clone();
         let (behind, memory) = (self.refuse_when_behind, self.refuse_above_memory);
@@ -205,6 +222,10 @@ impl Consume {
             built = worker.handler(move |_| feed.clone()).build() => built?,
             () = stop.cancelled() => return Ok(()),
         };
+        let _watched = watched.map(|(listener, recent)| {
+            let observer = Some(worker.observer());
+            Served { command: "consume", title, worker: observer, fleet, recent }.serve(listener)
+        });
         let shutdown = async {
             tokio::select! {
                 () = stop.cancelled() => {}

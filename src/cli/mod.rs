@@ -5,6 +5,7 @@ mod config;
 mod consume;
 #[cfg(feature = "local")]
 mod demo;
+mod fleet;
 mod generate;
 mod lease;
 #[cfg(feature = "local")]
@@ -15,7 +16,7 @@ mod signals;
 mod status;
 mod values;
 
-use std::{error::Error, io::IsTerminal as _, process::ExitCode};
+use std::{error::Error, io::IsTerminal as _, net::SocketAddr, process::ExitCode};
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
@@ -25,6 +26,8 @@ use tracing_subscriber::{
     layer::SubscriberExt as _,
     util::SubscriberInitExt as _,
 };
+
+use crate::telemetry::{Recent, RecentLayer};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -66,6 +69,10 @@ struct Global {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     quiet: u8,
 
+    /// Serve health, metrics and a status page on this address, while consume or produce runs
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    http: Option<SocketAddr>,
+
     /// The AWS region [default: that of the AWS environment or profile]
     #[arg(long, global = true, value_name = "REGION")]
     region: Option<String>,
@@ -101,6 +108,12 @@ enum Command {
     Generate(generate::Generate),
 }
 
+/// Where a command is to tell how it is doing, and the latest of what it logged.
+struct Watched {
+    address: SocketAddr,
+    recent: Recent,
+}
+
 /// What a command gives to `main`: its error is one line for the person who reads the log.
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
@@ -115,7 +128,8 @@ pub fn main() -> ExitCode {
         }
     };
     let cli: Cli = parsed.cli;
-    let _log = start_logging(&cli.global);
+    let recent = Recent::default();
+    let _log = start_logging(&cli.global, recent.clone());
     for warning in parsed.warnings {
         tracing::warn!("{warning}");
     }
@@ -126,7 +140,7 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(run(cli));
+    let outcome = runtime.block_on(run(cli, recent));
     // A write to a full pipe may be stuck in a thread of its own; nothing waits for it any more.
     runtime.shutdown_background();
     match outcome {
@@ -138,15 +152,18 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli) -> Outcome {
+async fn run(cli: Cli, recent: Recent) -> Outcome {
     let stop = signals::stop_token();
+    let watched = cli.global.http.map(|address| Watched { address, recent });
     match cli.command {
         #[cfg(feature = "local")]
         Command::Demo(demo) => demo.run(stop).await,
         #[cfg(feature = "local")]
         Command::Local(local) => local.run(stop).await,
         Command::Produce(produce) => produce.run(&aws_config(&cli.global).await?, stop).await,
-        Command::Consume(consume) => consume.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Consume(consume) => {
+            consume.run(&aws_config(&cli.global).await?, watched, stop).await
+        }
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
@@ -170,7 +187,7 @@ async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send +
 
 /// Starts to log to stderr, by a thread of its own: a reader of stderr that does not read costs log
 /// lines, and nothing else. The guard writes what is left when it is dropped.
-fn start_logging(global: &Global) -> WorkerGuard {
+fn start_logging(global: &Global, recent: Recent) -> WorkerGuard {
     let level = match i16::from(global.verbose) - i16::from(global.quiet) {
         ..=-2 => LevelFilter::ERROR,
         -1 => LevelFilter::WARN,
@@ -181,7 +198,7 @@ fn start_logging(global: &Global) -> WorkerGuard {
     let others = if global.verbose >= 2 { LevelFilter::DEBUG } else { LevelFilter::ERROR };
     let filter = Targets::new().with_default(others).with_target("tramline", level);
     let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(RecentLayer(recent));
     match global.log_format {
         LogFormat::Text => {
             let terminal = std::io::stderr().is_terminal();

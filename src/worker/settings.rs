@@ -4,7 +4,7 @@ use aws_types::SdkConfig;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::{Leases, OnStuck, Worker, WorkerError};
+use super::{Leases, OnStuck, Worker, WorkerError, observe::Observed};
 use crate::{
     checkpoint::{Checkpoints, StateError, StateStore, Writer},
     handler::{DeadLetters, Handler, OnFailure, Retries, Tolerance},
@@ -432,7 +432,10 @@ impl<F> WorkerBuilder<F> {
             None => Leases::Own(own_leases(&streams, state.as_ref()).await?),
         };
         let state = state.map(Arc::new);
-        Ok(Worker { streams, leases, state, letters, settings, make_handler: self.make_handler })
+        let Settings { worker_id, watchdog, lease_duration, .. } = &settings;
+        let observed = Arc::new(Observed::new(worker_id.clone(), *watchdog, *lease_duration));
+        let make_handler = self.make_handler;
+        Ok(Worker { streams, leases, state, letters, settings, observed, make_handler })
     }
 }
 

@@ -10,6 +10,7 @@ mod fleet;
 mod fronts;
 mod generate;
 mod hand_over;
+mod http;
 mod lease_faults;
 mod local;
 mod produce;
