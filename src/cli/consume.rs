@@ -41,6 +41,11 @@ pub(super) struct Consume {
     #[arg(long, value_name = "POSITION", value_parser = values::start, default_value = "trim-horizon")]
     pub(super) start: StartPosition,
 
+    /// Apply --start even where there is a checkpoint: moves the checkpoint of every shard there, also back,
+    /// before the worker starts. Refused while another worker reads
+    #[arg(long, conflicts_with = "no_checkpoint")]
+    reset: bool,
+
     /// The DynamoDB table of the leases [default: the application's name]
     #[arg(long, value_name = "NAME")]
     lease_table: Option<String>,
@@ -171,6 +176,9 @@ impl Consume {
             .checkpoint_interval(self.checkpoint_interval)
             .prefetch_bytes(self.prefetch)
             .shutdown_limit(self.shutdown_limit);
+        if self.reset {
+            worker = worker.reset();
+        }
         if self.no_checkpoint {
             worker = worker.no_checkpoint();
         }

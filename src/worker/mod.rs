@@ -8,6 +8,7 @@
 
 mod delivery;
 mod messages;
+mod reset;
 mod settings;
 mod shard_task;
 mod signal;
@@ -42,7 +43,7 @@ use crate::{
     handler::{DeadLetterError, DeadLetterStore, Handler},
     lease::{
         self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, LeaseStore, Looked,
-        MemoryTable, dynamodb::LeaseTable,
+        MemoryTable, dynamodb::LeaseTable, reset::ResetError,
     },
     shard::ShardId,
     source::{SourceError, Streams},
@@ -105,6 +106,20 @@ pub enum WorkerError {
     /// The lease table cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// The start position cannot be applied anew, because a worker reads a shard.
+    #[error(
+        "not reset: shard {shard} is read by {worker}; stop every worker of the application, start one \
+         with the reset, and then the others without it"
+    )]
+    ResetRefused {
+        /// The shard.
+        shard: ShardId,
+        /// The worker.
+        worker: String,
+    },
+    /// The start position cannot be applied anew.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
     /// The start position is a time that has not come.
     #[error(
         "the start position {start} is in the future; choose a time that has passed, or latest"

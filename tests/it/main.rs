@@ -16,6 +16,7 @@ mod produce;
 mod proxy;
 mod read_faults;
 mod redrive;
+mod reset;
 mod sequence_monitor;
 mod simulated_worker;
 mod simulation;
