@@ -13,6 +13,8 @@ use crate::{
     host,
 };
 
+/// Read a stream and write its messages to stdout
+///
 /// Reads a stream as one worker of an application and writes its messages to stdout, which carries
 /// nothing else. It goes on where the application's workers stopped.
 #[derive(Debug, Args)]

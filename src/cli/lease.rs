@@ -25,8 +25,9 @@ use crate::{
     source::{Place, Streams},
 };
 
-/// Moves checkpoints and gives up leases. Both commands only print what they would do, until they are
-/// given --yes.
+/// Move checkpoints and give up leases
+///
+/// Both commands only print what they would do, until they are given --yes.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to trim-horizon
@@ -38,12 +39,12 @@ pub(super) struct Lease {
 
 #[derive(Debug, Subcommand)]
 enum LeaseCommand {
-    /// Move checkpoints, so that shards are read from another place
     Reset(Reset),
-    /// Free leases, so that other workers take them at once
     Release(Release),
 }
 
+/// Move checkpoints, so that shards are read from another place
+///
 /// Moves the checkpoints of an application's shards, forth or back, and prints the changes. Nothing is
 /// written without --yes, nor while a worker renews one of the leases, unless with --force: then that
 /// worker may go on for up to 4 s, and what it handles in that time comes again or out of order.
@@ -82,6 +83,8 @@ struct Reset {
     how: How,
 }
 
+/// Free leases, so that other workers take them at once
+///
 /// Takes leases from their owners, so that other workers take them at once instead of when they have
 /// run out; checkpoints stay. Nothing is written without --yes, nor while a worker renews one of the
 /// leases, unless with --force: then that worker may go on for up to 4 s beside the next one.

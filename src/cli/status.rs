@@ -34,8 +34,10 @@ const TABLE_WIDTH: usize = 80;
 /// Of a sequence number, only the last digits differ from one hour to the next.
 const CHECKPOINT_WIDTH: usize = 14;
 
-/// Shows an application's shards, who reads them and how far, and its workers. It reads the lease table
-/// and lists the stream's shards, and writes nothing.
+/// Show an application's shards, who reads them and how far
+///
+/// And its workers. It reads the lease table, or the documents that keep checkpoints, and lists the stream's
+/// shards, and writes nothing.
 ///
 /// The table has no times, so whether an owner lives shows only in that it renews its leases: the table
 /// is looked at each second until every owner was seen to, for --observe at most.

@@ -306,7 +306,7 @@ impl WorkerError {
     /// Whether no waiting helps: the lease table or the stream was deleted, or made again.
     fn is_final(&self) -> bool {
         match self {
-            Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
+            Self::Source(error) => error.is_final(),
             Self::Lease(
                 LeaseError::Outlived { .. }
                 | LeaseError::NoTable { .. }

@@ -5,6 +5,7 @@ mod consume;
 mod demo;
 mod errors;
 mod exactly_once;
+mod examples;
 mod failure;
 mod fleet;
 mod fronts;
