@@ -185,6 +185,10 @@ impl HeldDocument {
                 .as_ref()
                 .is_some_and(|found| found.stamp.write.process == self.signature.process);
             self.content().replace(found);
+            if open.is_none() {
+                // Its leases are made anew by each process, from what has a checkpoint.
+                self.content().forget_what_was_only_opened();
+            }
             if let Some((shard, fence)) = open {
                 self.content().change(|content| content.open(shard, fence, was_ours))?;
             }
@@ -387,6 +391,10 @@ impl Content {
             Some(Document { shards, stamp, .. }) => (shards, Some(stamp)),
             None => (BTreeMap::new(), None),
         };
+    }
+
+    fn forget_what_was_only_opened(&mut self) {
+        self.document.shards.retain(|_, saved| saved.checkpoint.is_some());
     }
 
     /// Makes a change and gives its version; undoes it if the document would be too large.
