@@ -14,6 +14,8 @@ use crate::{
     telemetry::{self, Served},
 };
 
+/// Read a stream and write its messages to stdout
+///
 /// Reads a stream as one worker of an application and writes its messages to stdout, which carries
 /// nothing else. It goes on where the application's workers stopped.
 #[derive(Debug, Args)]
@@ -41,6 +43,11 @@ pub(super) struct Consume {
     /// Where shards without a checkpoint start: latest, trim-horizon, service-day or an RFC 3339 time
     #[arg(long, value_name = "POSITION", value_parser = values::start, default_value = "trim-horizon")]
     pub(super) start: StartPosition,
+
+    /// Apply --start even where there is a checkpoint: moves the checkpoint of every shard there, also back,
+    /// before the worker starts. Refused while another worker reads
+    #[arg(long, conflicts_with = "no_checkpoint")]
+    reset: bool,
 
     /// The DynamoDB table of the leases [default: the application's name]
     #[arg(long, value_name = "NAME")]
@@ -188,6 +195,9 @@ impl Consume {
             .checkpoint_interval(self.checkpoint_interval)
             .prefetch_bytes(self.prefetch)
             .shutdown_limit(self.shutdown_limit);
+        if self.reset {
+            worker = worker.reset();
+        }
         if self.no_checkpoint {
             worker = worker.no_checkpoint();
         }

@@ -18,8 +18,9 @@ use crate::ocs::{
     generate::{Generator, Item, Profile},
 };
 
-/// Sends realistic OCS traffic to a TCP port: every message type, sequence numbers, heartbeats. The
-/// same seed gives the same bytes.
+/// Send realistic OCS traffic to a TCP port
+///
+/// Every message type, sequence numbers, heartbeats. The same seed gives the same bytes.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline generate --to 127.0.0.1:8001

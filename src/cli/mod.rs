@@ -87,24 +87,19 @@ enum LogFormat {
     Json,
 }
 
+/// Without docs of their own, variants show those of their structs: the first line in the list of
+/// commands, all of it in a command's `--help`.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show the whole way of a message on embedded servers
     #[cfg(feature = "local")]
     Demo(demo::Demo),
-    /// Run embedded Kinesis, DynamoDB and S3 until Ctrl-C
     #[cfg(feature = "local")]
     Local(local::LocalServers),
-    /// Receive OCS connections and write their messages to a stream
     Produce(produce::Produce),
-    /// Read a stream and write its messages to stdout
     Consume(Box<consume::Consume>),
-    /// Show an application's shards, who reads them and how far
     Status(status::Status),
-    /// Move checkpoints and give up leases
     Lease(lease::Lease),
     Redrive(redrive::Redrive),
-    /// Send realistic OCS traffic to a TCP port
     Generate(generate::Generate),
 }
 
@@ -218,4 +213,26 @@ fn start_logging(global: &Global, recent: Recent) -> WorkerGuard {
         }
     }
     guard
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_command_has_a_line_in_the_list_and_more_in_its_help() {
+        fn look_at(command: &clap::Command) {
+            for command in command.get_subcommands() {
+                let name = command.get_name();
+                let short = command.get_about().map(ToString::to_string).unwrap_or_default();
+                let long = command.get_long_about().map(ToString::to_string).unwrap_or_default();
+                assert!(!short.is_empty() && !short.contains('\n'), "{name}: {short}");
+                assert!(long.starts_with(&short) && long.len() > short.len(), "{name}: {long}");
+                look_at(command);
+            }
+        }
+        look_at(&Cli::command());
+    }
 }

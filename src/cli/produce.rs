@@ -7,6 +7,8 @@ use tokio_util::sync::CancellationToken;
 use super::{Outcome, values};
 use crate::{PartitionKey, Producer, ProducerSettings};
 
+/// Receive OCS connections and write their messages to a stream
+///
 /// Listens for OCS connections, wraps each message as a CloudEvent and writes it to a stream, in the
 /// order of its connection. It listens also while AWS is away, until the buffers are full.
 ///

@@ -107,7 +107,8 @@ pub trait Handler: Send + 'static {
 
     /// The handler's state after all that it has finished, to be stored in the same write as the position
     /// ([`Checkpoints`](crate::Checkpoints) in S3 or a file): whatever happens, both agree, so that each
-    /// message counts in the state exactly once. Called before each checkpoint, between batches.
+    /// message counts in the state exactly once. Called before each checkpoint, between batches. So a call of
+    /// [`handle`](Self::handle) changes the state by all of its batch, or, if it fails, by nothing of it.
     ///
     /// `None`, the default, stores the position alone.
     fn snapshot(&mut self) -> Result<Option<Vec<u8>>, Self::Error> {

@@ -342,6 +342,11 @@ impl SourceError {
         matches!(self, Self::Stream { source, .. } if source.kind() == AwsErrorKind::Throttled)
     }
 
+    /// Whether no waiting helps, also where reading worked before: the stream was deleted.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, Self::NoStream { .. })
+    }
+
     /// Whether reading may succeed later without anyone doing anything.
     pub(crate) fn is_transient(&self) -> bool {
         match self {

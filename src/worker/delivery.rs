@@ -56,6 +56,8 @@ pub(super) struct Delivery<H, S> {
     used_to: u64,
     failure_rate: FailureRate,
     pub checkpoint_wanted: bool,
+    /// Whether the handler has finished messages of a position that is not finished.
+    within_position: bool,
 }
 
 struct Unacked {
@@ -104,12 +106,19 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             refused_early: BTreeSet::new(),
             used_to: 0,
             checkpoint_wanted: false,
+            within_position: false,
         }
     }
 
     /// The position up to which everything is finished, if something was.
     pub(super) fn finished(&self) -> Option<&Position> {
         self.tracker.checkpoint()
+    }
+
+    /// Whether the handler has finished nothing beyond what [`finished`](Self::finished) says, so that its
+    /// state is that of this position.
+    pub(super) fn is_at_position(&self) -> bool {
+        self.unacked.is_empty() && !self.within_position
     }
 
     /// How many messages the handler has taken and not acknowledged.
@@ -175,7 +184,11 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             for (serial, message) in (first..).zip(&group.messages) {
                 let batch = self.batch(vec![message.clone()], serial, behind);
                 match self.offer(&batch).await? {
-                    Ok(()) => finished.push(!batch.acks.are_taken()),
+                    Ok(()) => {
+                        finished.push(!batch.acks.are_taken());
+                        // Until the whole position is, below.
+                        self.within_position = true;
+                    }
                     Err(failure) => {
                         self.give_up(&batch.messages, &failure).await?;
                         finished.push(true);
@@ -188,6 +201,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             } else {
                 self.finish(&group.messages);
             }
+            self.within_position = false;
         }
         Ok(())
     }

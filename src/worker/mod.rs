@@ -9,6 +9,7 @@
 mod delivery;
 mod messages;
 mod observe;
+mod reset;
 mod settings;
 mod shard_task;
 mod signal;
@@ -43,7 +44,7 @@ use crate::{
     handler::{DeadLetterError, DeadLetterStore, Handler},
     lease::{
         self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, LeaseStore, Looked,
-        MemoryTable, dynamodb::LeaseTable,
+        MemoryTable, dynamodb::LeaseTable, reset::ResetError,
     },
     shard::ShardId,
     source::{SourceError, Streams},
@@ -108,6 +109,20 @@ pub enum WorkerError {
     /// The lease table cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// The start position cannot be applied anew, because a worker reads a shard.
+    #[error(
+        "not reset: shard {shard} is read by {worker}; stop every worker of the application, start one \
+         with the reset, and then the others without it"
+    )]
+    ResetRefused {
+        /// The shard.
+        shard: ShardId,
+        /// The worker.
+        worker: String,
+    },
+    /// The start position cannot be applied anew.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
     /// The start position is a time that has not come.
     #[error(
         "the start position {start} is in the future; choose a time that has passed, or latest"
@@ -238,7 +253,7 @@ impl WorkerError {
     /// Whether no waiting helps: the lease table or the stream was deleted, or made again.
     fn is_final(&self) -> bool {
         match self {
-            Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
+            Self::Source(error) => error.is_final(),
             Self::Lease(
                 LeaseError::Outlived { .. }
                 | LeaseError::NoTable { .. }

@@ -578,7 +578,7 @@ impl<S: LeaseStore> ShardTask<S> {
         let Some(position) = progress.unstored(delivery) else { return Ok(()) };
         self.activity.enter(Step::Checkpoints);
         let checkpoint = Checkpoint::At(position.clone());
-        if progress.state.is_some() && delivery.outstanding() > 0 {
+        if progress.state.is_some() && !delivery.is_at_position() {
             // The handler's state is that of more than is finished: it is stored when both agree.
             return Ok(());
         }
