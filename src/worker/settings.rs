@@ -8,7 +8,7 @@ use super::{Leases, OnStuck, Worker, WorkerError};
 use crate::{
     checkpoint::{Checkpoints, StateError, StateStore, Writer},
     handler::{DeadLetters, Handler, OnFailure, Retries, Tolerance},
-    lease::{InitialPosition, Lease, MemoryTable, dynamodb::LeaseTable},
+    lease::{InitialPosition, Lease, MemoryTable, dynamodb::LeaseTable, missing_leases},
     ocs::ServiceDay,
     shard::ShardId,
     source::{Retrieval, Streams},
@@ -429,17 +429,21 @@ impl<F> WorkerBuilder<F> {
         let letters = Arc::new(letters?);
         let leases = match shared {
             Some(table) => Leases::Table(table.of_streams(streams.identifiers())),
-            None => Leases::Own(own_leases(&streams, state.as_ref()).await?),
+            None => {
+                let initial = settings.start.at(Timestamp::now());
+                Leases::Own(own_leases(&streams, state.as_ref(), initial).await?)
+            }
         };
         let state = state.map(Arc::new);
         Ok(Worker { streams, leases, state, letters, settings, make_handler: self.make_handler })
     }
 }
 
-/// Leases of the shards that are stored in a document, at the place that was reached.
+/// Leases of the stream's shards: of those that are stored in a document, at the place that was reached.
 async fn own_leases(
     streams: &Streams,
     state: Option<&StateStore>,
+    initial: InitialPosition,
 ) -> Result<MemoryTable, WorkerError> {
     let table = MemoryTable::default();
     let Some(state) = state else { return Ok(table) };
@@ -454,17 +458,21 @@ async fn own_leases(
     };
     let listed = streams.shards().await?;
     // What the stream does not list any more has expired.
-    for shard in &listed {
-        let Some(saved) = saved.get(&shard.id) else { continue };
-        let Some(checkpoint) = saved.checkpoint.clone() else { continue };
+    let stored = listed.iter().filter_map(|shard| {
+        let saved = saved.get(&shard.id)?;
         let followers = listed.iter().filter(|other| other.parents.contains(&shard.id));
-        let lease = Lease {
-            // A later owner has a higher one: the document knows its owners by it.
-            counter: saved.lease_counter,
+        Some(Lease {
             children: followers.map(|child| child.id.clone()).collect(),
-            ..Lease::new(shard, checkpoint, saved.start_at)
-        };
-        table.set(&shard.id, Some(lease));
+            ..Lease::new(shard, saved.checkpoint.clone()?, saved.start_at)
+        })
+    });
+    let mut leases: Vec<Lease> = stored.collect();
+    // A shard that was opened may have no checkpoint yet.
+    leases.extend(missing_leases(&listed, &leases, initial));
+    for mut lease in leases {
+        // A later owner has a higher one: the document knows its owners by it.
+        lease.counter = saved.get(&lease.shard).map_or(0, |saved| saved.lease_counter);
+        table.set(&lease.shard.clone(), Some(lease));
     }
     Ok(table)
 }
