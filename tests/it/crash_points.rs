@@ -442,7 +442,11 @@ fn live(world: &Arc<World>, application: &str, id: &str, kept: Kept, dies_at: us
         .worker_id(id)
         .retrieval(Retrieval::Polling)
         .checkpoints(world.place(application, kept))
-        .checkpoint_interval(Duration::from_millis(200))
+        .checkpoint_interval(match kept {
+            // After each acknowledgement; or after more than one batch.
+            Kept::LeaseTableByAcks => Duration::from_millis(50),
+            _ => Duration::from_millis(400),
+        })
         .dead_letters(DeadLetters::s3(BUCKET, "letters"))
         .stop_when_idle(Duration::from_secs(2))
         .handler(move |shard: &ShardId| Slow {
