@@ -473,7 +473,7 @@ impl<F> WorkerBuilder<F> {
     }
 }
 
-/// Leases of the shards that are stored in a document, at the place that was reached.
+/// Leases of the stream's shards: of those that are stored in a document, at the place that was reached.
 async fn own_leases(
     streams: &Streams,
     state: Option<&StateStore>,

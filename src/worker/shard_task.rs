@@ -25,8 +25,8 @@ use crate::{
         self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, whole_millis,
     },
     record::{ShardName, unpack},
-    shard::{ChildShard, SequenceNumber, Shard},
-    source::{Failing, Place, Prefetch, Read, ShardReader, Stream},
+    shard::{ChildShard, SequenceNumber, Shard, ShardId},
+    source::{self, Failing, Place, Prefetch, Read, ShardReader, Stream},
 };
 
 /// How often a lasting failure is told again.
@@ -303,6 +303,10 @@ impl<S: LeaseStore> ShardTask<S> {
             owner_switches: lease.owner_switches_since_checkpoint,
         };
         delivery.handler.started(&tenure).await;
+        if lease.is_finished() {
+            // It is stored so, with the handler's state, and the lease table was not told.
+            return self.followers(&lease.shard).await;
+        }
         let reader = ShardReader::new(self.stream.clone(), lease.shard.clone(), place);
         let mut prefetch = {
             let held = self.held.clone();
@@ -351,6 +355,29 @@ impl<S: LeaseStore> ShardTask<S> {
                     ended = prefetched.read.end.take();
                     self.handle(&mut prefetched.read, name, delivery, progress).await?;
                 }
+            }
+        }
+    }
+
+    /// The shards that follow one that was read to its end before, as the stream lists them.
+    async fn followers(&self, shard: &ShardId) -> Result<Vec<ChildShard>, Interrupt> {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut told = false;
+        loop {
+            match self.stream.shards().await {
+                Ok(listed) => return Ok(source::followers(listed, shard)),
+                Err(error) if error.is_transient() => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!("{error}; trying again until it works");
+                    }
+                }
+                Err(error) => return Err(Interrupt::Failed(error.into())),
+            }
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(Interrupt::Stopped),
+                () = self.held.asked() => return Err(Interrupt::Asked),
+                () = tokio::time::sleep(backoff.next_wait()) => {}
             }
         }
     }

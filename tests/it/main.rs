@@ -2,6 +2,7 @@
 
 mod calm_fleet;
 mod consume;
+mod crash_points;
 mod demo;
 mod errors;
 mod exactly_once;
