@@ -1,25 +1,29 @@
-use std::time::Duration;
+use std::{future::pending, time::Duration};
 
 use aws_config::SdkConfig;
 use clap::Args;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
-use super::{Outcome, values};
+use super::{
+    Outcome,
+    values::{self, Output},
+};
 use crate::{
-    Checkpoints, DeadLetters, MaxCheckpointAge, OnFailure, OnStuck, Retries, Retrieval,
-    StartPosition, Tolerance, Worker,
-    feed::{Format, Stdout},
+    Checkpoints, DeadLetters, Handler, MaxCheckpointAge, OnFailure, OnStuck, Retries, Retrieval,
+    ShardId, StartPosition, Tolerance, Worker, WorkerBuilder,
+    feed::{Archive, Format, Stdout},
     host,
 };
 
 /// Reads a stream as one worker of an application and writes its messages to stdout, which carries
-/// nothing else. It goes on where the application's workers stopped.
+/// nothing else, or to an archive. It goes on where the application's workers stopped.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline consume --stream ctd-ocs-raw-messages --app rtr-green
   tramline consume --stream ctd-ocs-raw-messages --app look --start latest --format raw
-  tramline consume --stream ctd-ocs-raw-messages --app day --start service-day --exit-when-idle 10s")]
+  tramline consume --stream ctd-ocs-raw-messages --app day --start service-day --exit-when-idle 10s
+  tramline consume --stream ctd-ocs-raw-messages --app archive --output s3-archive://ocs-logs/raw")]
 pub(super) struct Consume {
     /// The stream to read; may be repeated, to read several with their leases in one table
     #[arg(long, value_name = "NAME", required = true, value_delimiter = ',')]
@@ -29,7 +33,16 @@ pub(super) struct Consume {
     #[arg(long, value_name = "NAME")]
     pub(super) app: String,
 
-    /// How a message is written
+    /// Where messages go: stdout, or s3-archive://BUCKET/PREFIX for the day's log in S3, as lines
+    /// MM/dd/yy,HH:mm:ss,TEXT in objects PREFIX/YYYY-MM-DD/STREAM/SHARD/PLACE.txt
+    #[arg(long, value_name = "PLACE", value_parser = values::output, default_value = "stdout")]
+    output: Output,
+
+    /// How old a message may get before it is written to the archive
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "1m")]
+    archive_interval: Duration,
+
+    /// How a message is written to stdout
     #[arg(long, value_enum, default_value_t)]
     pub(super) format: Format,
 
@@ -144,8 +157,6 @@ impl Consume {
                     .into(),
             );
         }
-        let stdout = Stdout::new(self.format)?;
-        let feed = stdout.clone();
         let (behind, memory) = (self.refuse_when_behind, self.refuse_above_memory);
         let mut streams = self.stream.into_iter();
         let mut worker = Worker::builder(config, streams.next().unwrap_or_default(), self.app)
@@ -160,7 +171,7 @@ impl Consume {
             })
             .retries(Retries {
                 attempts: self.handler_attempts,
-                // Standard output is waited for, however long nobody reads it.
+                // The output is waited for, however long nobody reads it.
                 time_limit: None,
                 ..Retries::default()
             })
@@ -201,17 +212,48 @@ impl Consume {
         if let Some(limit) = self.exit_when_idle {
             worker = worker.stop_when_idle(limit);
         }
-        let worker = tokio::select! {
-            built = worker.handler(move |_| feed.clone()).build() => built?,
-            () = stop.cancelled() => return Ok(()),
-        };
-        let shutdown = async {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = stdout.closed() => tracing::info!("the reader of stdout has gone: stopping"),
+        match self.output {
+            Output::Stdout => {
+                let stdout = Stdout::new(self.format)?;
+                let feed = stdout.clone();
+                let gone = async {
+                    stdout.closed().await;
+                    tracing::info!("the reader of stdout has gone: stopping");
+                };
+                work(worker.handler(move |_| feed.clone()), gone, stop).await
             }
-        };
-        worker.run(shutdown).await?;
-        Ok(())
+            Output::Archive { bucket, prefix } => {
+                let archive = tokio::select! {
+                    opened = Archive::open(config, &bucket, &prefix) => opened?,
+                    () = stop.cancelled() => return Ok(()),
+                };
+                let archive = archive.interval(self.archive_interval);
+                work(worker.handler(move |_| archive.handler()), pending(), stop).await
+            }
+        }
     }
+}
+
+/// Runs a worker until it is done, its output has `gone`, or it is to stop.
+async fn work<F, H>(
+    worker: WorkerBuilder<F>,
+    gone: impl Future<Output = ()> + Send,
+    stop: CancellationToken,
+) -> Outcome
+where
+    F: Fn(&ShardId) -> H + Send + Sync + 'static,
+    H: Handler,
+{
+    let worker = tokio::select! {
+        built = worker.build() => built?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    let shutdown = async {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = gone => {}
+        }
+    };
+    worker.run(shutdown).await?;
+    Ok(())
 }
