@@ -11,6 +11,7 @@ mod lease;
 mod local;
 mod produce;
 mod redrive;
+mod replay;
 mod signals;
 mod status;
 mod values;
@@ -97,6 +98,7 @@ enum Command {
     /// Move checkpoints and give up leases
     Lease(lease::Lease),
     Redrive(redrive::Redrive),
+    Replay(replay::Replay),
     /// Send realistic OCS traffic to a TCP port
     Generate(generate::Generate),
 }
@@ -150,6 +152,7 @@ async fn run(cli: Cli) -> Outcome {
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Replay(replay) => replay.run(&cli.global, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
     }
 }
