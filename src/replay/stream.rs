@@ -86,6 +86,11 @@ fn resume_at(shards: &BTreeMap<ShardId, Option<Timestamp>>) -> Option<Timestamp>
     shards.values().copied().min().flatten()
 }
 
+/// How long after the first message another one is due. What is from before it is late.
+fn due_after(speed: Speed, first: Timestamp, at: Timestamp) -> Duration {
+    speed.scaled(Duration::try_from(at.duration_since(first)).unwrap_or(Duration::ZERO))
+}
+
 struct Shared {
     speed: Speed,
     outlet: tokio::sync::Mutex<Outlet<(ShardId, Option<Timestamp>)>>,
@@ -113,9 +118,7 @@ impl Shared {
     fn due(&self, message: &Message) -> Option<Instant> {
         let at = message.time().or(message.arrived_at())?;
         let (began, first) = self.first.get_or_init(|| (Instant::now(), at));
-        // What is from before the first one is late.
-        let after = Duration::try_from(at.duration_since(*first)).unwrap_or(Duration::ZERO);
-        began.checked_add(self.speed.scaled(after))
+        began.checked_add(due_after(self.speed, *first, at))
     }
 
     async fn flush(
@@ -190,6 +193,20 @@ impl Handler for Forward {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_of_all_shards_are_due_by_their_times_since_the_first_one() {
+        let at = |text: &str| text.parse::<Timestamp>().expect("a time");
+        let first = at("2025-07-02T06:00:00Z");
+        for (time, seconds) in [
+            ("2025-07-02T06:00:00Z", 0.0),
+            ("2025-07-02T06:01:00Z", 30.0),
+            ("2025-07-02T05:59:00Z", 0.0),
+        ] {
+            let due = due_after(Speed::Times(2.0), first, at(time));
+            assert_eq!(due, Duration::from_secs_f64(seconds), "{time}");
+        }
+    }
 
     #[test]
     fn it_goes_on_where_the_shard_is_that_is_least_far() {
