@@ -23,7 +23,7 @@ use crate::WorkerError;
 const TOLD: u64 = 20;
 /// A longer pause is told.
 const LONG_PAUSE: Duration = Duration::from_secs(60);
-/// What is waited for when nothing is: the end of a time that has none.
+/// As good as never: for what is due beyond the end of the clock.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Why a replay ended early.

@@ -17,8 +17,8 @@ use crate::{Batch, Handler, Retries, ShardId, StartPosition, Tenure, Worker, rec
 
 /// A shard's messages are sent in pieces of so many bytes, so that shards take turns.
 const PIECE_BYTES: usize = 64 * 1024;
-/// How long a shard may wait for a message to be due: in a stream's retention, for ever.
-const NO_LIMIT: Duration = Duration::MAX;
+/// A shard may wait for hours until a message is due: that is no reason to start it again.
+const NEVER_STUCK: Duration = Duration::MAX;
 
 /// What to replay of a stream.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ pub(crate) async fn replay_stream(
     let mut worker = Worker::builder(config, replay.stream, "replay")
         .start(replay.start)
         .no_checkpoint()
-        .watchdog(NO_LIMIT)
+        .watchdog(NEVER_STUCK)
         // A receiver that went away ends it, by the stop; until then there is nothing else to do.
         .retries(Retries { attempts: u32::MAX, time_limit: None, ..Retries::default() });
     if let Some(until) = replay.until {

@@ -204,6 +204,8 @@ struct Front {
     refuse: AtomicUsize,
     /// Of how many of the next puts the answer gets lost.
     lose: AtomicUsize,
+    /// How many of the next puts are not allowed.
+    deny: AtomicUsize,
 }
 
 impl Front {
@@ -241,6 +243,15 @@ impl Front {
                     if bytes.starts_with(b"PUT ") {
                         is_put = true;
                         if one(&self.refuse) { return }
+                        if one(&self.deny) {
+                            let answer = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
+                            let head = "HTTP/1.1 403 Forbidden\r\nconnection: close\r\ncontent-type: \
+                                        application/xml\r\ncontent-length: ";
+                            let answer = format!("{head}{}\r\n\r\n{answer}", answer.len());
+                            let _ = client.write_all(answer.as_bytes()).await;
+                            while matches!(client.read(&mut from_client).await, Ok(1..)) {}
+                            return;
+                        }
                     } else if bytes.starts_with(b"GET ") || bytes.starts_with(b"HEAD ") {
                         is_put = false;
                     }
@@ -276,6 +287,33 @@ fn p1_nothing_is_lost_or_doubled_while_s3_is_away() {
     let finished = worker.stop().succeeded();
     assert!(finished.stderr.contains("trying again until it works"), "{}", finished.stderr);
     check_once_and_in_order(&servers, 160);
+}
+
+#[test]
+fn a_missing_permission_stops_it_at_first_and_is_waited_for_later() {
+    let servers = servers(1);
+    let (front, url) = Front::start(&servers);
+    let worker = || {
+        let mut command = servers.tramline(&args(&OFTEN));
+        command.env("AWS_ENDPOINT_URL_S3", &url);
+        Running::start(command)
+    };
+    servers.put_lines(STREAM, "key", &lines(0, 10));
+    front.deny.store(usize::MAX, Ordering::SeqCst);
+    let finished = worker().finish();
+    assert_eq!(finished.status.code(), Some(1));
+    let told = "s3:PutObject is not allowed";
+    assert!(finished.stderr.contains(told), "{}", finished.stderr);
+
+    front.deny.store(0, Ordering::SeqCst);
+    let worker = worker();
+    wait_for_everything(&servers, &[&worker], 10);
+    front.deny.store(3, Ordering::SeqCst);
+    servers.put_lines(STREAM, "key", &lines(10, 20));
+    worker.wait_for_log(told);
+    wait_for_everything(&servers, &[&worker], 20);
+    worker.stop().succeeded();
+    check_once_and_in_order(&servers, 20);
 }
 
 #[test]

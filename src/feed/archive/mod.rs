@@ -43,7 +43,7 @@ use crate::{
 /// An object is written when so many messages wait, however young they are. Fewer than a worker lets
 /// wait for their acknowledgements: else reading would wait for the interval.
 const MESSAGES: usize = 8_000;
-/// The same for the bytes of their lines.
+/// The same for the bytes of their texts.
 const BYTES: usize = 8 * 1024 * 1024;
 /// How many service days of a shard are looked after at a time.
 const DAYS: usize = 4;
