@@ -382,3 +382,87 @@ impl Writer {
         Ok(())
     }
 }
+
+#[cfg(all(test, feature = "local"))]
+mod server_tests {
+    use super::*;
+    use crate::{
+        handler::{Acks, Answer, s3_client},
+        local::{Local, LocalSettings},
+        ocs::EventSource,
+        record::{Record, ShardName, unpack},
+        shard::SequenceNumber,
+    };
+
+    /// The messages with these numbers, and where they are acknowledged.
+    fn batch(numbers: std::ops::Range<u64>) -> (Batch, mpsc::UnboundedReceiver<Answer>) {
+        let (stream, shard) = ("s".into(), "shardId-0".into());
+        let shard = Arc::new(ShardName { stream, shard, hash_key_range: None });
+        let source = EventSource::new("k".to_owned(), "test", None);
+        let mut messages = Vec::new();
+        for n in numbers {
+            let raw = format!("{n},DIAG,x");
+            let record = Record {
+                sequence_number: SequenceNumber::parse((100 + n).to_string()).expect("a number"),
+                partition_key: "k".to_owned(),
+                arrived_at: None,
+                data: source.event("2025-07-02T15:00:00Z", raw.as_bytes()).json.into(),
+            };
+            unpack(&shard, record, None, &mut messages, &mut Vec::new());
+        }
+        let (to, answers) = mpsc::unbounded_channel();
+        let acks = Acks::new((0..messages.len() as u64).collect(), to);
+        (Batch::new(messages, None, acks), answers)
+    }
+
+    async fn take(handler: &mut ArchiveHandler, batch: &Batch) {
+        handler.handle(batch).await.expect("taken");
+    }
+
+    /// Lets the handler write what waits, and checks that all of its batch is finished then.
+    async fn write(
+        handler: &mut ArchiveHandler,
+        batch: &Batch,
+        answers: &mut mpsc::UnboundedReceiver<Answer>,
+    ) {
+        handler.stopping(StopReason::Shutdown).await;
+        for _ in batch {
+            assert_eq!(answers.recv().await.expect("an answer").failed, None);
+        }
+    }
+
+    #[tokio::test]
+    async fn p4_one_that_lost_the_shard_and_writes_late_doubles_and_hides_nothing() {
+        let local = Local::start(LocalSettings::default()).await.expect("servers");
+        let config = local.sdk_config();
+        let client = s3_client(&config);
+        client.create_bucket().bucket("logs").send().await.expect("a bucket");
+        let archive = Archive::open(&config, "logs", "/a/b/").await.expect("a bucket");
+        let archive = archive.interval(Duration::from_secs(3600));
+        let (mut old, mut new) = (archive.handler(), archive.handler());
+
+        let (of_old, mut old_answers) = batch(0..10);
+        take(&mut old, &of_old).await;
+        let (of_new, mut answers) = batch(0..6);
+        take(&mut new, &of_new).await;
+        write(&mut new, &of_new, &mut answers).await;
+        write(&mut old, &of_old, &mut old_answers).await;
+        let (of_new, mut answers) = batch(6..20);
+        take(&mut new, &of_new).await;
+        write(&mut new, &of_new, &mut answers).await;
+
+        let listed = client.list_objects_v2().bucket("logs").send().await.expect("a list");
+        let mut keys: Vec<&str> = listed.contents().iter().filter_map(|o| o.key()).collect();
+        keys.sort_unstable();
+        let mut log = Vec::new();
+        for key in &keys {
+            assert!(key.starts_with("a/b/2025-07-02/s/shardId-0/"), "{key}");
+            let object = client.get_object().bucket("logs").key(*key).send().await;
+            let body = object.expect("an object").body.collect().await.expect("bytes");
+            log.extend(body.into_bytes());
+        }
+        let expected: String = (0..20).map(|n| format!("07/02/25,11:00:00,{n},DIAG,x\n")).collect();
+        assert_eq!(String::from_utf8(log).expect("text"), expected);
+        assert_eq!(keys.len(), 3, "{keys:?}");
+    }
+}
