@@ -29,7 +29,7 @@ use crate::{
 #[command(after_help = "Examples:
   tramline replay 20250702.txt --to 127.0.0.1:8001
   tramline replay day.jsonl.gz --to 127.0.0.1:8001 --speed 60
-  aws s3 cp s3://ocs-logs/raw/day.txt - | tramline replay - --to 127.0.0.1:8001 --speed max
+  cat 2025-07-02/*/*/*.txt | tramline replay - --to 127.0.0.1:8001 --speed max
   tramline replay kinesis://ctd-ocs-raw-messages --to 127.0.0.1:8001 \\
       --start 2025-07-02T06:00:00Z --until 2025-07-02T07:00:00Z")]
 pub(super) struct Replay {
