@@ -72,6 +72,8 @@ mod produce;
 pub mod record;
 #[cfg(feature = "cli")]
 mod redrive;
+#[cfg(feature = "cli")]
+mod replay;
 pub mod shard;
 mod source;
 #[cfg(feature = "cli")]

@@ -12,6 +12,7 @@ mod lease;
 mod local;
 mod produce;
 mod redrive;
+mod replay;
 mod signals;
 mod status;
 mod values;
@@ -100,6 +101,7 @@ enum Command {
     Status(status::Status),
     Lease(lease::Lease),
     Redrive(redrive::Redrive),
+    Replay(replay::Replay),
     Generate(generate::Generate),
 }
 
@@ -162,6 +164,7 @@ async fn run(cli: Cli, recent: Recent) -> Outcome {
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Replay(replay) => replay.run(&cli.global, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
     }
 }

@@ -34,6 +34,7 @@ pub(crate) use dead_letter::{LetterId, Part, hexadecimal};
 #[cfg(feature = "cli")]
 pub(crate) use dead_letter_line::ReadLine;
 pub(crate) use dead_letters::DeadLetterStore;
+pub(crate) use dead_letters::s3::client as s3_client;
 pub use dead_letters::{DeadLetterError, DeadLetters};
 #[cfg(feature = "cli")]
 pub(crate) use dead_letters::{
@@ -41,7 +42,6 @@ pub(crate) use dead_letters::{
     file::sync_name,
     is_stream_name,
     kinesis::{KEY_LIMIT_CHARS, Outgoing, RECORD_LIMIT_BYTES, put_records, round},
-    s3::client as s3_client,
 };
 pub use deduplicate::Deduplicate;
 pub(crate) use failure::{Failure, FailureCause, FailureRate};

@@ -4,7 +4,7 @@ use std::{
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     time::Duration,
 };
 
@@ -67,7 +67,8 @@ pub(crate) struct Served {
     pub command: &'static str,
     /// What it works on, for people.
     pub title: String,
-    pub worker: Option<Observer>,
+    /// Set when there is one.
+    pub worker: Arc<OnceLock<Observer>>,
     pub fleet: Option<LookAtFleet>,
     pub recent: Recent,
 }
@@ -135,19 +136,20 @@ async fn accept(listener: TcpListener, router: Router) {
 }
 
 async fn sample(shared: &Shared) {
-    let Some(worker) = &shared.served.worker else { return };
     let mut ticks = interval(history::INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        shared.history().sample(&worker.status());
+        if let Some(worker) = shared.served.worker.get() {
+            shared.history().sample(&worker.status());
+        }
     }
 }
 
 impl Shared {
     fn reasons(&self) -> (Option<WorkerStatus>, Vec<Reason>) {
-        let worker = self.served.worker.as_ref().map(Observer::status);
-        let reasons = worker.as_ref().map_or_else(Vec::new, readiness::worker);
+        let worker = self.served.worker.get().map(Observer::status);
+        let reasons = readiness::worker(worker.as_ref());
         (worker, reasons)
     }
 

@@ -22,8 +22,12 @@ pub(super) struct Reason {
 ///
 /// A worker without a lease is ready when it has looked for some for two lease durations: others hold them,
 /// and it stands by.
-pub(super) fn worker(status: &WorkerStatus) -> Vec<Reason> {
+pub(super) fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
     let reason = |reason, text| Reason { reason, shard: None, text };
+    let Some(status) = status else {
+        let text = "the stream, the lease table and what else is needed are looked up".to_owned();
+        return vec![reason("starting", text)];
+    };
     let mut reasons = Vec::new();
     if status.stopping {
         reasons.push(reason("stopping", "the worker stops".to_owned()));
@@ -77,16 +81,17 @@ mod tests {
     use crate::worker::status_of;
 
     fn names(status: &WorkerStatus) -> Vec<&'static str> {
-        worker(status).into_iter().map(|reason| reason.reason).collect()
+        worker(Some(status)).into_iter().map(|reason| reason.reason).collect()
     }
 
     #[test]
     fn a_worker_that_reads_is_ready() {
-        assert_eq!(worker(&status_of(2)), []);
+        assert_eq!(worker(Some(&status_of(2))), []);
     }
 
     #[test]
     fn a_worker_is_not_ready_before_it_holds_a_lease_but_is_as_a_stand_by() {
+        assert_eq!(worker(None)[0].reason, "starting");
         let mut status = status_of(0);
         status.looked = None;
         assert_eq!(names(&status), ["starting"]);
@@ -94,7 +99,7 @@ mod tests {
         status.uptime = Duration::from_secs(19);
         assert_eq!(names(&status), ["no-lease"]);
         status.uptime = Duration::from_secs(20);
-        assert_eq!(worker(&status), []);
+        assert_eq!(worker(Some(&status)), []);
     }
 
     #[test]
@@ -102,12 +107,12 @@ mod tests {
         let mut status = status_of(1);
         status.looked = Some(Duration::from_secs(11));
         status.look_error = Some("connection refused".to_owned());
-        let reasons = worker(&status);
+        let reasons = worker(Some(&status));
         assert_eq!(reasons[0].reason, "leases-unknown");
         assert_eq!(reasons[0].text, "no look for leases worked for 11 s: connection refused");
         // One that failed and works again within a lease duration is no reason.
         status.looked = Some(Duration::from_secs(9));
-        assert_eq!(worker(&status), []);
+        assert_eq!(worker(Some(&status)), []);
     }
 
     #[test]
@@ -119,7 +124,7 @@ mod tests {
         status.shards[2].error = Some("access denied".to_owned());
         status.shards[3].error = Some("was throttled".to_owned());
         status.shards[3].error_is_over = true;
-        let reasons = worker(&status);
+        let reasons = worker(Some(&status));
         let named: Vec<_> =
             reasons.iter().map(|reason| (reason.reason, reason.shard.as_deref())).collect();
         assert_eq!(
@@ -133,7 +138,7 @@ mod tests {
         // What has a limit of its own is not stuck.
         status.shards.truncate(1);
         status.shards[0].bounded = true;
-        assert_eq!(worker(&status), []);
+        assert_eq!(worker(Some(&status)), []);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The real binary and the crate against embedded servers, over sockets.
 
+mod archive;
 mod calm_fleet;
 mod consume;
 mod crash_points;
@@ -19,6 +20,7 @@ mod produce;
 mod proxy;
 mod read_faults;
 mod redrive;
+mod replay;
 mod reset;
 mod sequence_monitor;
 mod simulated_worker;
