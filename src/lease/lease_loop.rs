@@ -243,7 +243,8 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let actions = self.with_planner(|snapshot, observed, planner| {
             plan::plan(snapshot, observed, planner, now)
         });
-        let ring = actions.iter().any(|action| matches!(action, Action::Free(_) | Action::Ring));
+        let mut ring =
+            actions.iter().any(|action| matches!(action, Action::Free(_) | Action::Ring));
 
         let results: Vec<(Action, Instant, Result<Option<Lease>, LeaseError>)> =
             stream::iter(actions)
@@ -264,6 +265,11 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 (action, Ok(Some(lease))) => {
                     let row = self.snapshot.iter_mut().find(|row| row.shard == lease.shard);
                     row.into_iter().for_each(|row| *row = lease.clone());
+                    // It may be one too many, and there are workers without any that do not know of it.
+                    let from_dead = |was: &Lease| {
+                        was.owner.as_ref().is_some_and(|owner| *owner != self.settings.worker)
+                    };
+                    ring |= matches!(&action, Action::Take(was) if from_dead(was));
                     match action {
                         Action::Take(_) | Action::Force(_) => {
                             // The reader that was overruled may go on until its lease would have run out.
@@ -318,7 +324,8 @@ impl<S: LeaseStore> LeaseLoop<S> {
 
     /// A maximum that is too low for the fleet leaves shards unread: that must not go unseen.
     fn tell_unread(&mut self, now: Instant) {
-        let unread = plan::left_unread(&self.snapshot, &self.observed, now);
+        let unread =
+            plan::left_unread(&self.snapshot, &self.observed, self.settings.lease_duration, now);
         match unread.first() {
             Some(first) if !self.told_unread => tracing::warn!(
                 shards = unread.len(), first = %first.shard,
