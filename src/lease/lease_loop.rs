@@ -496,6 +496,30 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn p1_who_takes_the_lease_of_a_dead_worker_rings_for_those_that_have_none() {
+        let table = MemoryTable::default();
+        for (shard, worker) in [("1", "me"), ("2", "dead")] {
+            let shard = Shard {
+                id: shard.into(),
+                parents: Vec::new(),
+                hash_key_range: None,
+                closed: false,
+                begins: None,
+            };
+            let mut lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
+            table.create(&lease).await.expect("a lease");
+            let take = Change::Take { worker: worker.into(), at: Timestamp::UNIX_EPOCH };
+            table.update(&mut lease, &take).await.expect("taken");
+        }
+        let mut me = LeaseLoop::new(table.clone(), settings("me"));
+        assert_eq!(me.look(None).await.expect("a look").taken.len(), 1);
+        assert_eq!(table.rows()[0].bell, 0);
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        assert_eq!(me.look(None).await.expect("a look").taken.len(), 1);
+        assert_eq!(table.rows()[0].bell, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn p4_a_reader_is_waited_for_although_the_answer_to_overruling_it_was_lost() {
         let (table, mut lease) = asked().await;
         let deaf = Deaf::new(table.clone());

@@ -348,28 +348,6 @@ fn a_calm_fleet_divides_the_shards_in_seconds_and_moves_none_without_need() {
 }
 
 #[test]
-fn p1_a_worker_that_stands_by_gets_what_a_dead_one_leaves_without_delay() {
-    for seed in 0..4 {
-        in_simulated_time(async {
-            let mut fleet = CalmFleet::new(20, seed);
-            let event = fleet.event();
-            (0..40).for_each(|_| fleet.start_worker());
-            fleet.settle(event).await;
-            for round in 0..10 {
-                let (worker, _) = match round % 2 {
-                    0 => fleet.some_reader(),
-                    _ => fleet.first_reader(),
-                };
-                let event = fleet.event();
-                fleet.kill(&worker);
-                let settled = fleet.settle(event).await;
-                assert!(settled.balanced < Duration::from_secs(16), "seed {seed}: {settled:?}");
-            }
-        });
-    }
-}
-
-#[test]
 fn what_a_calm_fleet_reads_does_not_grow_with_workers_times_shards() {
     let minute = |shards: usize, workers: usize| {
         in_simulated_time(async {
