@@ -88,7 +88,7 @@ struct Left {
 
 impl World {
     /// A shard with a message, an aggregate of three, bytes that are no event, an array of two messages and
-    /// another message; and the two that it was split into, with two messages each.
+    /// three messages more; and the two that it was split into, with two messages each.
     fn new() -> Self {
         let servers = Servers::with_stream(STREAM, 1);
         let dynamodb = servers.dynamodb();
@@ -102,7 +102,7 @@ impl World {
             messages: BTreeMap::new(),
             undecodable: ("none".into(), SequenceNumber::parse("0").expect("a number")),
         };
-        let lines = lines(0, 11);
+        let lines = lines(0, 13);
         let events: Vec<String> = lines.iter().map(|line| event(line)).collect();
         world.put(0, &events[0], &[(0, &lines[0])]);
         let user_records = events[1..4].iter().map(|event| ("k", event.as_bytes()));
@@ -112,13 +112,15 @@ impl World {
         world.undecodable = (shard, number);
         let array = format!("[{},{}]", events[4], events[5]);
         world.put(0, array, &[(0, &lines[4]), (0, &lines[5])]);
-        world.put(0, &events[6], &[(0, &lines[6])]);
+        for n in 6..9 {
+            world.put(0, &events[n], &[(0, &lines[n])]);
+        }
         let half = u128::MAX / 2 + 1;
         let split = world.servers.kinesis.split_shard().stream_name(STREAM);
         let split = split.shard_to_split("shardId-000000000000");
         let split = split.new_starting_hash_key(half.to_string()).send();
         world.servers.wait(split).expect("a split");
-        for n in 7..11 {
+        for n in 9..13 {
             let hash_key = if n % 2 == 0 { 0 } else { half };
             world.put(hash_key, &events[n], &[(0, &lines[n])]);
         }
