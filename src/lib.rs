@@ -2,7 +2,7 @@
 //! and without losing one.
 //!
 //! OCS, the MBTA's Operations Control System, says where subway trains are, as lines of text over TCP.
-//! The [`Producer`] wraps each line as a CloudEvent and writes it to a Kinesis stream. A [`Worker`]
+//! The [`OcsListener`] wraps each line as a CloudEvent and writes it to a Kinesis stream. A [`Worker`]
 //! takes shard leases in a DynamoDB table (that of the Java KCL), reads by enhanced fan-out or by
 //! polling, hands messages to your [`Handler`] and checkpoints what it has finished.
 //!
@@ -88,7 +88,14 @@ pub use handler::{
 };
 pub use latency::LatencySummary;
 pub use lease::LeaseError;
-pub use produce::{PartitionKey, ProduceError, Producer, ProducerReport, ProducerSettings};
+#[cfg(feature = "cli")]
+pub(crate) use produce::SPOOL_LIMIT_MIN_BYTES;
+pub use produce::{
+    BatchPolicy, Encoding, Failure, Lane, LaneStats, ListenerSettings, ListenerTls, OcsListener,
+    PartitionKey, ProduceError, Producer, ProducerMonitor, ProducerReport, ProducerSettings,
+    ProducerStats, PutStats, Receipt, RetryReason, SendError, SequencePer, ShardRate, SourceStats,
+    Spool, SpoolError, StoredAt, TlsError, Waiting,
+};
 pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};

@@ -176,6 +176,12 @@ fn file_setting(
             let texts: Vec<&str> = texts.iter().filter_map(Value::as_str).collect();
             texts.join(",")
         }
+        Value::Object(entries) if several && entries.values().all(Value::is_string) => {
+            let entry = |(name, value): (&String, &Value)| {
+                format!("{name}={}", value.as_str().unwrap_or_default())
+            };
+            entries.iter().map(entry).collect::<Vec<_>>().join(",")
+        }
         _ if several => {
             return Err(format!("{file}: the key `{key}` takes a text, or a list of texts"));
         }

@@ -21,8 +21,8 @@ use super::{
     generate::{Traffic, progress_bar},
 };
 use crate::{
-    Batch, Handler, PartitionKey, Producer, ProducerReport, ProducerSettings, Retrieval, Worker,
-    aws,
+    Batch, Handler, ListenerSettings, OcsListener, PartitionKey, ProducerReport, ProducerSettings,
+    Retrieval, Spool, Worker, aws,
     feed::{Format, Stdout},
     local::{Local, LocalSettings},
 };
@@ -71,10 +71,13 @@ impl Demo {
             .map_err(|error| aws::failure("kinesis:CreateStream", error))?;
 
         // With readable partition keys the messages of a connection can be told by its address.
-        let settings =
-            ProducerSettings { partition_key: PartitionKey::Connection, ..Default::default() };
+        let settings = ListenerSettings {
+            partition_key: PartitionKey::Connection,
+            producer: ProducerSettings { spool: Spool::Memory, ..Default::default() },
+            ..Default::default()
+        };
         let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
-        let producer = Producer::bind(&config, STREAM, any_port, settings).await?;
+        let producer = OcsListener::bind(&config, STREAM, any_port, settings).await?;
         let address = producer.local_addr()?;
         let producer_stop = CancellationToken::new();
         let producing = tokio::spawn(producer.run(producer_stop.clone().cancelled_owned()));

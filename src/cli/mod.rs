@@ -13,6 +13,7 @@ mod local;
 mod produce;
 mod redrive;
 mod replay;
+mod schema;
 mod signals;
 mod status;
 mod values;
@@ -103,6 +104,7 @@ enum Command {
     Redrive(redrive::Redrive),
     Replay(replay::Replay),
     Generate(generate::Generate),
+    Schema(schema::Schema),
 }
 
 /// Where a command is to tell how it is doing, and the latest of what it logged.
@@ -166,6 +168,7 @@ async fn run(cli: Cli, recent: Recent) -> Outcome {
         Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
         Command::Replay(replay) => replay.run(&cli.global, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
+        Command::Schema(schema) => schema.run(),
     }
 }
 

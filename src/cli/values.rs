@@ -1,14 +1,15 @@
 //! Settings as people write them.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use bytesize::ByteSize;
 use clap::{ValueEnum, builder::PossibleValue};
+use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 
 use crate::{
-    Checkpoints, DeadLetters, MaxCheckpointAge, OnFailure, OnStuck, PartitionKey, Retrieval,
-    SequenceNumber, StartPosition,
+    Checkpoints, DeadLetters, Encoding, MaxCheckpointAge, OnFailure, OnStuck, PartitionKey,
+    Retrieval, SequenceNumber, SequencePer, Spool, StartPosition,
     feed::Format,
     handler::{Kind, is_stream_name},
     ocs::generate::Profile,
@@ -24,6 +25,60 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
             "write a length of time from 1ms to a year with its unit, such as 500ms, 10s or 5m"
                 .to_owned()
         })
+}
+
+/// A length of time that may be none, up to an hour.
+pub(super) fn delay(text: &str) -> Result<Duration, String> {
+    text.trim()
+        .parse::<SignedDuration>()
+        .ok()
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .filter(|duration| *duration <= Duration::from_secs(3600))
+        .ok_or_else(|| {
+            "write a length of time up to 1h with its unit, such as 0s, 200ms or 1s".to_owned()
+        })
+}
+
+/// The delay of a message type, such as `RGPS=200ms`.
+pub(super) fn type_delay(text: &str) -> Result<(String, Duration), String> {
+    let (kind, after) = text.split_once('=').unwrap_or((text, ""));
+    match delay(after) {
+        Ok(delay) if !kind.trim().is_empty() => Ok((kind.trim().to_uppercase(), delay)),
+        _ => Err("write a message type and a length of time, such as RGPS=200ms or TMOV=0s".into()),
+    }
+}
+
+/// A network, or the address of one host.
+pub(super) fn network(text: &str) -> Result<IpNet, String> {
+    let host = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse().or_else(|_| host()).map_err(|_| {
+        "write an address or a network, such as 10.108.46.198, 10.108.0.0/16 or fd00::/8".to_owned()
+    })
+}
+
+/// Where messages wait: a directory, or `none` for memory.
+pub(super) fn spool(text: &str) -> Result<Spool, String> {
+    Ok(match text {
+        "none" => Spool::Memory,
+        directory => Spool::Directory(directory.into()),
+    })
+}
+
+/// The size of a spool: from 1 MiB, without an upper limit.
+pub(super) fn spool_size_bytes(text: &str) -> Result<u64, String> {
+    text.parse::<ByteSize>()
+        .ok()
+        .map(|size| size.as_u64())
+        .filter(|bytes| *bytes >= crate::SPOOL_LIMIT_MIN_BYTES)
+        .ok_or_else(|| "write a size from 1MiB, such as 256MiB or 4GiB".to_owned())
+}
+
+/// What a stream's record limit may be.
+pub(super) fn record_size_bytes(text: &str) -> Result<u32, String> {
+    size_bytes(text)
+        .ok()
+        .filter(|bytes| (1024 * 1024..=10 * 1024 * 1024).contains(bytes))
+        .ok_or_else(|| "write a size from 1MiB to 10MiB".to_owned())
 }
 
 /// A lease duration: too short to be renewed in time, it would only be lost again and again.
@@ -197,6 +252,18 @@ words!(PartitionKey {
     Connection = "connection" "{local address -> peer address}, readable, as Trike writes it",
 });
 
+words!(SequencePer {
+    Host = "host" "a host, over all of its connections",
+    Connection = "connection" "a connection: for senders behind a proxy, which all have its address",
+});
+
+words!(Encoding {
+    Array = "array" "a JSON array of CloudEvents, as Trike writes it",
+    Single = "single" "one CloudEvent",
+    Batch = "batch" "one CloudEvent with many messages: com.mbta.ocs.raw_message_batch",
+    Kpl = "kpl" "a KPL aggregate, one CloudEvent in each user record",
+});
+
 words!(Kind {
     Undecodable = "undecodable" "no raw OCS message",
     HandlerFailed = "handler-failed" "the handler returned an error each time",
@@ -215,12 +282,37 @@ mod tests {
     use super::*;
 
     #[test]
+    fn networks_and_hosts_are_written_the_usual_way() {
+        let within = |net: &str, host: &str| {
+            network(net).expect(net).contains(&host.parse::<IpAddr>().expect(host))
+        };
+        assert!(within("10.108.0.0/16", "10.108.46.198"));
+        assert!(!within("10.108.0.0/16", "10.109.0.1"));
+        assert!(within("10.0.0.1", "10.0.0.1"));
+        assert!(!within("10.0.0.1", "10.0.0.2"));
+        assert!(within("fd00::/8", "fd12::1"));
+        for wrong in ["", "10.0.0", "10.0.0.0/33", "localhost"] {
+            assert!(network(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn durations_are_written_with_their_unit() {
         assert_eq!(duration("10s"), Ok(Duration::from_secs(10)));
         assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         for wrong in ["10", "", "-1s", "0s", "soon", "10 parsecs", "1us", "9000h"] {
             assert!(duration(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn delays_may_be_none_and_are_given_by_type() {
+        assert_eq!(delay("0s"), Ok(Duration::ZERO));
+        assert_eq!(type_delay("rgps = 200ms").map(|(kind, _)| kind), Ok("RGPS".to_owned()));
+        assert_eq!(type_delay("TMOV=0s"), Ok(("TMOV".to_owned(), Duration::ZERO)));
+        for wrong in ["", "TMOV", "TMOV=", "=1s", "TMOV=soon", "TMOV=2h"] {
+            assert!(type_delay(wrong).is_err(), "{wrong:?}");
         }
     }
 

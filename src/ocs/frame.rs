@@ -53,6 +53,11 @@ impl Framer {
         frames
     }
 
+    /// Whether a message has begun that has not ended.
+    pub fn is_unfinished(&self) -> bool {
+        self.length_bytes > 0
+    }
+
     /// The bytes after the last end byte, when the connection has closed.
     pub fn into_unfinished(self) -> Vec<u8> {
         self.unfinished

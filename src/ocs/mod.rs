@@ -29,6 +29,7 @@ pub mod generate;
 mod message;
 mod movement;
 mod schedule;
+mod schema;
 mod sequence;
 mod service_day;
 
@@ -44,5 +45,6 @@ pub use movement::{HeavyRailMovement, LightRailMovement, Movement, Position, Raw
 pub use schedule::{
     AddType, Consist, Destination, NewTrip, Schedule, TaggedCar, TaggedCars, Tags, TripType,
 };
+pub use schema::event_schema;
 pub use sequence::{SequenceMonitor, SequenceStep, counter};
 pub use service_day::ServiceDay;

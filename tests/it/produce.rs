@@ -7,30 +7,21 @@ use std::{
     time::Duration,
 };
 
-use crate::support::{Running, Servers, lines, raws, run, tramline, wait_for};
+use crate::support::{Running, Servers, lines, listening, raws, run, tramline, wait_for};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 
 fn start(servers: &Servers, more: &[&str]) -> (Running, String) {
-    let args = [&["produce", "--listen", "127.0.0.1:0", "--stream", STREAM], more].concat();
-    listening(Running::start(servers.tramline(&args)))
-}
-
-/// Waits for the line that names the address.
-fn listening(producer: Running) -> (Running, String) {
-    let address = wait_for("the producer to listen", || {
-        let log = producer.stderr();
-        let line = log.lines().find(|line| line.contains("listening for OCS connections"))?;
-        let address = line.split("address=").nth(1)?.split(' ').next()?;
-        Some(address.to_owned())
-    });
-    (producer, address)
+    let args = ["produce", "--listen", "127.0.0.1:0", "--stream", STREAM, "--spool", "none"];
+    let args = [&args, more].concat();
+    listening(servers.tramline(&args))
 }
 
 /// The binary with a Kinesis at a port where nothing may listen.
 fn at_port(port: u16, args: &[&str]) -> Command {
-    let mut command = tramline(args);
+    let mut command = tramline(&[&["produce", "--listen", "127.0.0.1:0"], args].concat());
     command
+        .args(["--stream", STREAM])
         .env("AWS_ENDPOINT_URL_KINESIS", format!("http://127.0.0.1:{port}"))
         .env("AWS_ACCESS_KEY_ID", "x")
         .env("AWS_SECRET_ACCESS_KEY", "x")
@@ -145,9 +136,9 @@ fn p9_oversized_unfinished_and_garbage_input_harm_nobody_and_are_told() {
 #[test]
 fn the_environment_of_the_rfc_works() {
     let servers = Servers::with_stream(STREAM, 1);
-    let mut command = servers.tramline(&["produce"]);
+    let mut command = servers.tramline(&["produce", "--spool", "none"]);
     command.env("LISTEN_PORT", "0").env("KINESIS_STREAM", STREAM);
-    let (producer, address) = listening(Running::start(command));
+    let (producer, address) = listening(command);
     assert!(address.starts_with("0.0.0.0:"), "{address}");
     producer.stop().succeeded();
 }
@@ -171,8 +162,8 @@ fn p7_what_arrives_while_aws_is_away_is_put_in_order_when_it_is_back() {
     // A port that is closed for now.
     let port =
         TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
-    let command = at_port(port, &["produce", "--listen", "127.0.0.1:0", "--stream", STREAM]);
-    let (producer, address) = listening(Running::start(command));
+    let command = at_port(port, &["--spool", "none"]);
+    let (producer, address) = listening(command);
     let mut socket = TcpStream::connect(&address).expect("a connection");
     for line in lines(0, 500) {
         socket.write_all(&[line.as_bytes(), &[4]].concat()).expect("a write");
@@ -204,8 +195,9 @@ fn p7_what_arrives_while_aws_is_away_is_put_in_order_when_it_is_back() {
 #[test]
 fn p8_what_has_arrived_when_the_producer_is_stopped_is_put() {
     let servers = Servers::with_stream(STREAM, 1);
-    // A lane so small that nearly everything is still in the socket's buffers.
-    let (producer, address) = start(&servers, &["--lane-buffer", "1KiB"]);
+    // It would wait for more, and does not when it stops.
+    let (producer, address) =
+        start(&servers, &["--batch-delay", "10m", "--batch-messages", "100000"]);
     let mut socket = TcpStream::connect(&address).expect("a connection");
     let bytes: Vec<u8> = lines(0, 3000)
         .iter()
@@ -221,11 +213,8 @@ fn p8_what_has_arrived_when_the_producer_is_stopped_is_put() {
 
 #[test]
 fn a_stop_while_aws_is_away_says_what_is_lost_and_fails() {
-    let command = at_port(
-        1,
-        &["produce", "--listen", "127.0.0.1:0", "--stream", STREAM, "--shutdown-limit", "300ms"],
-    );
-    let (producer, address) = listening(Running::start(command));
+    let command = at_port(1, &["--spool", "none", "--shutdown-limit", "300ms"]);
+    let (producer, address) = listening(command);
     let mut socket = TcpStream::connect(&address).expect("a connection");
     socket.write_all(b"1,DIAG,12:00:00,a\x042,DIAG,12:00:00,b\x04").expect("a write");
     producer.wait_for_log("the connection's messages wait");
@@ -241,26 +230,14 @@ fn a_stop_while_aws_is_away_says_what_is_lost_and_fails() {
 }
 
 #[test]
-fn p8_a_full_lane_pushes_back_to_the_sender() {
-    let command = at_port(
-        1,
-        &[
-            "produce",
-            "--listen",
-            "127.0.0.1:0",
-            "--stream",
-            STREAM,
-            "--lane-buffer",
-            "64KiB",
-            "--shutdown-limit",
-            "300ms",
-        ],
-    );
-    let (_producer, address) = listening(Running::start(command));
+fn p8_a_full_spool_pushes_back_to_the_sender() {
+    let more = ["--spool", "none", "--spool-limit", "1MiB", "--shutdown-limit", "300ms"];
+    let command = at_port(1, &more);
+    let (_producer, address) = listening(command);
     let mut socket = TcpStream::connect(&address).expect("a connection");
     socket.set_write_timeout(Some(Duration::from_secs(2))).expect("an option");
     let line = [&[b'x'; 1000][..], &[4]].concat();
-    // Far more than the buffers of both ends and the lane hold.
+    // Far more than the buffers of both ends and the spool hold.
     let blocked = (0..64 * 1024).find_map(|_| socket.write_all(&line).err());
     let blocked = blocked.expect("the producer stops reading");
     assert!(

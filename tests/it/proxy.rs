@@ -9,7 +9,7 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     convert::identity,
     error::Error,
     io,
@@ -21,8 +21,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aws_credential_types::{Credentials, provider::SharedCredentialsProvider};
 use aws_smithy_eventstream::frame::{DecodedFrame, MessageFrameDecoder, write_message_to};
 use aws_smithy_types::event_stream::Message;
+use aws_types::{SdkConfig, region::Region};
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
 use hyper::{
@@ -40,6 +42,8 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+
+use tramline::local::Local;
 
 use crate::support::Servers;
 
@@ -69,6 +73,8 @@ pub enum Fault {
     HoldAnswer,
     /// The request is changed on its way there.
     EditRequest(Edit),
+    /// Of a PutRecords call, the records for which this gives an error code are not put.
+    Partly(Box<dyn Fn() -> Option<&'static str> + Send + Sync>),
     /// The answer is changed on its way back; of a subscription, each of its events.
     EditAnswer(Edit),
     /// A subscription ends, as it does after five minutes, after this many events.
@@ -164,6 +170,11 @@ type Failed = Box<dyn Error + Send + Sync>;
 
 impl Proxy {
     pub fn start(servers: &Servers) -> Self {
+        servers.wait(Self::start_on(&servers.local))
+    }
+
+    /// The same within a runtime.
+    pub async fn start_on(local: &Local) -> Self {
         let upstream = |(name, url): (&str, &str)| {
             let service = match name {
                 "AWS_ENDPOINT_URL_KINESIS" => "Kinesis",
@@ -173,13 +184,13 @@ impl Proxy {
             Some((service, url.trim_start_matches("http://").to_owned()))
         };
         let state = Arc::new(State {
-            upstream: servers.local.environment().into_iter().filter_map(upstream).collect(),
+            upstream: local.environment().into_iter().filter_map(upstream).collect(),
             rules: Mutex::default(),
             calls: Mutex::default(),
         });
-        let listener = servers.wait(TcpListener::bind(("127.0.0.1", 0))).expect("a port");
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        servers.spawn(serve(listener, state.clone()));
+        tokio::spawn(serve(listener, state.clone()));
         Self { url, state }
     }
 
@@ -190,6 +201,17 @@ impl Proxy {
             .env("AWS_ENDPOINT_URL_KINESIS", &self.url)
             .env("AWS_ENDPOINT_URL_DYNAMODB", &self.url);
         command
+    }
+
+    /// A configuration for the servers through this proxy.
+    pub fn sdk_config(&self) -> SdkConfig {
+        let credentials = Credentials::new("x", "x", None, None, "test");
+        SdkConfig::builder()
+            .behavior_version(aws_sdk_kinesis::config::BehaviorVersion::latest())
+            .region(Region::from_static("us-east-1"))
+            .credentials_provider(SharedCredentialsProvider::new(credentials))
+            .endpoint_url(&self.url)
+            .build()
     }
 
     /// Puts a rule in force. Of several that apply to a call, the oldest is taken.
@@ -248,6 +270,7 @@ async fn answer(
     let active = rules.into_iter().find(|rule| rule.hit(operation, &request));
     let fault = active.as_ref().map(|active| &active.0.rule.fault);
     let mut body = body;
+    let mut not_put = BTreeMap::new();
     match fault {
         Some(Fault::Throttle) => return Ok(throttled(service)),
         Some(Fault::Refuse(code)) => return Ok(refused(code, "as the test wants it")),
@@ -267,6 +290,15 @@ async fn answer(
             edit(&mut request);
             body = serde_json::to_vec(&request)?.into();
         }
+        Some(Fault::Partly(fails)) => {
+            let failed = take_out(&mut request, fails);
+            if request["Records"].as_array().is_some_and(Vec::is_empty) {
+                let answer = json!({"FailedRecordCount": failed.len(), "Records": failed.values().collect::<Vec<_>>()});
+                return Ok(response(StatusCode::OK, answer.to_string()));
+            }
+            body = serde_json::to_vec(&request)?.into();
+            not_put = failed;
+        }
         _ => {}
     }
     let upstream = state.upstream.get(service).ok_or("a call of an unknown service")?;
@@ -280,10 +312,49 @@ async fn answer(
             answer.into_body().collect().await?;
             std::future::pending().await
         }
+        Some(Fault::Partly(_)) => {
+            let (mut head, body) = answer.into_parts();
+            head.headers.remove(header::CONTENT_LENGTH);
+            let mut answer: Value = serde_json::from_slice(&body.collect().await?.to_bytes())?;
+            put_back(&mut answer, not_put);
+            Ok(Response::from_parts(head, full(answer.to_string())))
+        }
         Some(
             Fault::EditAnswer(_) | Fault::EndAfter(_) | Fault::CutAfter(_) | Fault::SilentAfter(_),
         ) => edited(answer, active).await,
         _ => Ok(answer.map(|body| body.map_err(io::Error::other).boxed())),
+    }
+}
+
+/// Takes the records out of a PutRecords call that fail, and gives what is answered in their places.
+fn take_out(
+    request: &mut Value,
+    fails: &(dyn Fn() -> Option<&'static str> + Send + Sync),
+) -> BTreeMap<usize, Value> {
+    let mut failed = BTreeMap::new();
+    let records = request["Records"].as_array_mut().map(std::mem::take).unwrap_or_default();
+    let mut put = Vec::new();
+    for (place, record) in records.into_iter().enumerate() {
+        match fails() {
+            Some(code) => {
+                let answer = json!({"ErrorCode": code, "ErrorMessage": "as the test wants it"});
+                failed.insert(place, answer);
+            }
+            None => put.push(record),
+        }
+    }
+    request["Records"] = put.into();
+    failed
+}
+
+/// Puts the answers for records that were taken out back in their places.
+fn put_back(answer: &mut Value, failed: BTreeMap<usize, Value>) {
+    let before = answer["FailedRecordCount"].as_u64().unwrap_or_default();
+    answer["FailedRecordCount"] = json!(before + failed.len() as u64);
+    if let Some(answers) = answer["Records"].as_array_mut() {
+        for (place, failed) in failed {
+            answers.insert(place, failed);
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use std::{
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_kinesis::{Client, primitives::Blob, types::StreamStatus};
+use tokio::task::JoinHandle;
 use tramline::local::{Local, LocalSettings};
 
 /// No condition takes this long unless something is wrong. Generous: machines differ.
@@ -66,8 +67,11 @@ impl Servers {
     }
 
     /// Runs `task` beside the servers, as long as they run.
-    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.runtime.spawn(task);
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
+        self.runtime.spawn(task)
     }
 
     /// Puts one record and gives its sequence number.
@@ -326,6 +330,17 @@ impl Finished {
         assert!(self.status.success(), "{:?}, stderr:\n{}", self.status, self.stderr);
         self
     }
+}
+
+/// Starts a producer, and waits for the line that names its address.
+pub fn listening(command: Command) -> (Running, String) {
+    let producer = Running::start(command);
+    let address = wait_for(producer.told("the producer to listen".to_owned()), || {
+        let log = producer.stderr();
+        let line = log.lines().find(|line| line.contains("listening for OCS connections"))?;
+        Some(line.split("address=").nth(1)?.split(' ').next()?.to_owned())
+    });
+    (producer, address)
 }
 
 /// Runs the binary to its end.

@@ -1,0 +1,247 @@
+//! Group commit: what lanes and Kinesis say goes into the spool, and from there to whoever puts.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, MutexGuard},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Counters, StoredAt, add, lock,
+    spool::{Chunk, Group, LaneId, LaneInfo, SpoolError, Store},
+    stats::Failure,
+};
+use crate::backoff::Backoff;
+
+/// A group takes no more requests beyond this, so that a commit takes a bounded time.
+const GROUP_BYTES: u64 = 8 * 1024 * 1024;
+/// How often a lasting failure is told again.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the spool is asked to keep.
+#[derive(Debug)]
+pub(super) enum Request {
+    Open {
+        lane: LaneId,
+        info: LaneInfo,
+    },
+    Append {
+        lane: LaneId,
+        chunk: Chunk,
+        /// When a record with its messages is to go.
+        due: Instant,
+        /// To be told where the messages are in the stream: by their place in the chunk.
+        receipts: Vec<(u64, oneshot::Sender<StoredAt>)>,
+        /// Its room in memory, until it is in the spool.
+        room: OwnedSemaphorePermit,
+    },
+    Close {
+        lane: LaneId,
+    },
+    /// To be told when all messages until now are in Kinesis: those of a lane, or all.
+    Flush {
+        lane: Option<LaneId>,
+        done: oneshot::Sender<Vec<oneshot::Receiver<()>>>,
+    },
+    /// The first `count` messages of a lane are in Kinesis.
+    Put {
+        lane: LaneId,
+        count: u64,
+    },
+    /// A lane has no messages and will get none.
+    Finished {
+        lane: LaneId,
+    },
+}
+
+/// What is in the spool.
+#[derive(Debug)]
+pub(super) enum Committed {
+    Opened { lane: LaneId, info: LaneInfo },
+    Appended(Appended),
+    Closed { lane: LaneId },
+    Flush { lane: Option<LaneId>, done: oneshot::Sender<Vec<oneshot::Receiver<()>>> },
+}
+
+#[derive(Debug)]
+pub(super) struct Appended {
+    pub lane: LaneId,
+    pub messages: u64,
+    pub spooled_bytes: u64,
+    pub due: Instant,
+    /// By the place of the message in the lane.
+    pub receipts: Vec<(u64, oneshot::Sender<StoredAt>)>,
+}
+
+/// Commits groups of requests until `stop` is cancelled; then the requests that are there, and ends.
+pub(super) struct Committer {
+    pub store: Arc<Store>,
+    /// The time from one commit to the next: all that comes meanwhile shares one.
+    pub delay: Duration,
+    /// The place of the next message of each lane.
+    pub next: HashMap<LaneId, u64>,
+    pub requests: mpsc::UnboundedReceiver<Request>,
+    pub committed: mpsc::UnboundedSender<Committed>,
+    pub counters: Arc<Counters>,
+    pub stop: CancellationToken,
+}
+
+impl Committer {
+    pub(super) async fn run(mut self) {
+        let mut next_commit = Instant::now();
+        loop {
+            let first = tokio::select! {
+                biased;
+                request = self.requests.recv() => request,
+                () = self.stop.cancelled() => self.requests.try_recv().ok(),
+            };
+            let Some(first) = first else { return };
+            tokio::time::sleep_until(next_commit).await;
+            next_commit = Instant::now() + self.delay;
+            let mut gathered = Gathered::default();
+            let mut next = Some(first);
+            while let Some(request) = next {
+                self.gather(request, &mut gathered);
+                next = match gathered.bytes {
+                    ..GROUP_BYTES => self.requests.try_recv().ok(),
+                    _ => None,
+                };
+            }
+            let (group, committed, rooms) = gathered.finish();
+            if !group.is_empty() && !self.commit(group).await {
+                return;
+            }
+            drop(rooms);
+            add(&self.counters.commits, 1);
+            for event in committed {
+                // Whoever puts has ended: the messages are in the spool.
+                let _ = self.committed.send(event);
+            }
+        }
+    }
+
+    fn gather(&mut self, request: Request, gathered: &mut Gathered) {
+        let Gathered { group, committed, rooms, .. } = gathered;
+        match request {
+            Request::Open { lane, info } => {
+                group.opened.push((lane, info.clone()));
+                committed.push(Committed::Opened { lane, info });
+            }
+            Request::Append { lane, chunk, due, receipts, room } => {
+                let next = self.next.entry(lane).or_default();
+                let receipts = receipts.into_iter().map(|(n, receipt)| (*next + n, receipt));
+                committed.push(Committed::Appended(Appended {
+                    lane,
+                    messages: chunk.messages(),
+                    spooled_bytes: chunk.spooled_bytes(),
+                    due,
+                    receipts: receipts.collect(),
+                }));
+                rooms.push(room);
+                gathered.bytes += chunk.spooled_bytes();
+                let first = *next;
+                *next += chunk.messages();
+                gathered.add(lane, first, chunk);
+            }
+            Request::Close { lane } => committed.push(Committed::Closed { lane }),
+            Request::Flush { lane, done } => committed.push(Committed::Flush { lane, done }),
+            Request::Put { lane, count } => {
+                group.put.insert(lane, count);
+            }
+            Request::Finished { lane } => {
+                self.next.remove(&lane);
+                group.put.remove(&lane);
+                group.finished.push(lane);
+            }
+        }
+    }
+
+    /// Tries until the group is in the spool. Meanwhile nothing more is taken, and TCP pushes back.
+    /// `false` if the producer was stopped before.
+    async fn commit(&self, group: Group) -> bool {
+        let group = Arc::new(group);
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let began = Instant::now();
+        let mut remind_at = began;
+        loop {
+            let error = match self.try_commit(group.clone()).await {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            self.failure().get_or_insert_with(Failure::new).again(error.to_string());
+            if Instant::now() >= remind_at {
+                remind_at = Instant::now() + REMINDER_INTERVAL;
+                tracing::error!(
+                    "{error}; no connection is read until it works again, and it is tried again"
+                );
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.next_wait()) => {}
+                () = self.stop.cancelled() => {
+                    tracing::error!("{error}; the producer stops, and the last messages are lost");
+                    return false;
+                }
+            }
+        }
+        if let Some(Failure { failures, .. }) = self.failure().take() {
+            tracing::info!(
+                failures,
+                "the spool works again after {:.1} s",
+                began.elapsed().as_secs_f64()
+            );
+        }
+        true
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
+        lock(&self.counters.spool_failure)
+    }
+
+    async fn try_commit(&self, group: Arc<Group>) -> Result<(), SpoolError> {
+        if let Store::Memory(_) = &*self.store {
+            return self.store.commit(&group);
+        }
+        let store = self.store.clone();
+        let committing = tokio::task::spawn_blocking(move || store.commit(&group));
+        match committing.await {
+            Ok(result) => result,
+            Err(error) => Err(SpoolError::Failed { reason: error.to_string() }),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Gathered {
+    group: Group,
+    /// The last chunk of each lane, which may take more.
+    open: BTreeMap<LaneId, (u64, Chunk)>,
+    committed: Vec<Committed>,
+    rooms: Vec<OwnedSemaphorePermit>,
+    bytes: u64,
+}
+
+impl Gathered {
+    fn add(&mut self, lane: LaneId, first: u64, chunk: Chunk) {
+        if let Some((_, open)) = self.open.get_mut(&lane)
+            && open.append(&chunk)
+        {
+            return;
+        }
+        if let Some((first, full)) = self.open.insert(lane, (first, chunk)) {
+            self.group.append(lane, first, full);
+        }
+    }
+
+    fn finish(mut self) -> (Group, Vec<Committed>, Vec<OwnedSemaphorePermit>) {
+        for (lane, (first, chunk)) in self.open {
+            self.group.append(lane, first, chunk);
+        }
+        (self.group, self.committed, self.rooms)
+    }
+}
