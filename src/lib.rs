@@ -63,6 +63,7 @@ pub mod cli;
 pub mod feed;
 mod handler;
 mod host;
+mod latency;
 pub mod lease;
 #[cfg(feature = "local")]
 pub mod local;
@@ -71,8 +72,12 @@ mod produce;
 pub mod record;
 #[cfg(feature = "cli")]
 mod redrive;
+#[cfg(feature = "cli")]
+mod replay;
 pub mod shard;
 mod source;
+#[cfg(feature = "cli")]
+mod telemetry;
 mod worker;
 
 pub use aws::{AwsError, AwsErrorKind};
@@ -81,6 +86,7 @@ pub use handler::{
     Ack, Batch, Coalesce, Concurrent, DeadLetterError, DeadLetters, Deduplicate, Handler,
     MessagesFailed, OnFailure, Retries, RetryPer, StopReason, Tenure, Tolerance,
 };
+pub use latency::LatencySummary;
 pub use lease::LeaseError;
 #[cfg(feature = "cli")]
 pub(crate) use produce::SPOOL_LIMIT_MIN_BYTES;
@@ -94,6 +100,6 @@ pub use record::Message;
 pub use shard::{SequenceNumber, ShardId, StreamIdentifier};
 pub use source::{Retrieval, SourceError};
 pub use worker::{
-    Load, MaxCheckpointAge, Messages, OnStuck, Poller, Received, Report, StartPosition, Worker,
-    WorkerBuilder, WorkerError, shutdown_signal,
+    LeaseMoves, Load, MaxCheckpointAge, Messages, Observer, OnStuck, Poller, Received, Report,
+    ShardStatus, StartPosition, Worker, WorkerBuilder, WorkerError, WorkerStatus, shutdown_signal,
 };

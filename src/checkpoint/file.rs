@@ -59,6 +59,11 @@ impl StateFile {
         self.call(|inner| inner.read()).await
     }
 
+    /// Reads without the lock: the file is whole at any moment.
+    pub async fn peek(&self) -> Result<Option<Found>, StateError> {
+        self.call(|inner| inner.peek()).await
+    }
+
     /// Writes if the file is still `seen`. `None` if it is not, and nothing was written.
     pub async fn write(&self, bytes: Bytes, seen: Option<&Tag>) -> Result<Option<Tag>, StateError> {
         let seen = seen.cloned();
@@ -86,6 +91,10 @@ impl StateFile {
 impl Inner {
     fn read(&mut self) -> Result<Option<Found>, Failure> {
         self.take_lock()?;
+        self.peek()
+    }
+
+    fn peek(&self) -> Result<Option<Found>, Failure> {
         let failed = |error| Failure::Io("read", error);
         let mut file = match File::open(&self.path) {
             Ok(file) => file,

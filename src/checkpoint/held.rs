@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{
-    StateError, Writer,
+    Move, StateError, Writer,
     document::{Document, Flaw, LIMIT_BYTES, Saved, Stamp, WriteId},
     file::StateFile,
     s3::S3Object,
@@ -61,6 +61,14 @@ impl Object {
         match self {
             Self::S3(object) => object.read().await,
             Self::File(file) => file.read().await,
+        }
+    }
+
+    /// Reads as one who does not mean to write.
+    async fn peek(&self) -> Result<Option<Found>, StateError> {
+        match self {
+            Self::S3(object) => object.read().await,
+            Self::File(file) => file.peek().await,
         }
     }
 
@@ -177,6 +185,10 @@ impl HeldDocument {
                 .as_ref()
                 .is_some_and(|found| found.stamp.write.process == self.signature.process);
             self.content().replace(found);
+            if open.is_none() {
+                // Its leases are made anew by each process, from what has a checkpoint.
+                self.content().forget_what_was_only_opened();
+            }
             if let Some((shard, fence)) = open {
                 self.content().change(|content| content.open(shard, fence, was_ours))?;
             }
@@ -203,6 +215,37 @@ impl HeldDocument {
     /// Stores a shard that was opened with the lease counter in `saved`.
     pub async fn save(&self, shard: &ShardId, saved: Saved) -> Result<(), StateError> {
         self.change(|content| content.save(shard, saved)).await
+    }
+
+    /// Reads the document, and takes nothing over.
+    pub async fn look(&self) -> Result<Option<Document>, StateError> {
+        match self.object.peek().await? {
+            Some(found) => self.decode(found).await.map(|(document, _)| Some(document)),
+            None => Ok(None),
+        }
+    }
+
+    /// Moves checkpoints of a document that was taken over.
+    pub async fn reset(&self, moves: &[Move]) -> Result<(), StateError> {
+        self.change(|content| content.reset(moves)).await
+    }
+
+    /// Moves checkpoints if the document is still the one that was `seen`, by one write: whoever writes it
+    /// now is not written over, and if nobody does, its next writer finds the change.
+    pub async fn reset_seen(&self, seen: Option<&Stamp>, moves: &[Move]) -> Result<(), StateError> {
+        let mut stored = self.stored.lock().await;
+        let (found, tag) = self.read().await?.unzip();
+        stored.tag = tag;
+        if found.as_ref().map(|found| &found.stamp) != seen {
+            return Err(self.written(found));
+        }
+        self.content().replace(found);
+        self.content().change(|content| content.reset(moves))?;
+        let (_, document) = self.snapshot();
+        match self.put(document, &mut stored).await? {
+            true => Ok(()),
+            false => Err(self.written(self.read().await?.map(|(document, _)| document))),
+        }
     }
 
     /// What is stored of each shard, or about to be.
@@ -291,7 +334,14 @@ impl HeldDocument {
     }
 
     async fn read(&self) -> Result<Option<(Document, Tag)>, StateError> {
-        let Some(Found { bytes, tag }) = self.object.read().await? else { return Ok(None) };
+        match self.object.read().await? {
+            Some(found) => self.decode(found).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn decode(&self, found: Found) -> Result<(Document, Tag), StateError> {
+        let Found { bytes, tag } = found;
         let decoded = blocking(move || Document::decode(&bytes)).await;
         let place = || self.place().to_owned();
         let document = decoded.map_err(|flaw| match flaw {
@@ -308,7 +358,7 @@ impl HeldDocument {
                 stream: stream.clone(),
             });
         }
-        Ok(Some((document, tag)))
+        Ok((document, tag))
     }
 
     fn snapshot(&self) -> (u64, Document) {
@@ -320,8 +370,13 @@ impl HeldDocument {
         self.content.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 
-    fn place(&self) -> &str {
+    pub fn place(&self) -> &str {
         self.object.name()
+    }
+
+    fn written(&self, found: Option<Document>) -> StateError {
+        let writer = found.map(|found| (found.stamp.writer, found.stamp.at));
+        StateError::Written { place: self.place().to_owned(), writer }
     }
 
     fn contended(&self) -> StateError {
@@ -336,6 +391,10 @@ impl Content {
             Some(Document { shards, stamp, .. }) => (shards, Some(stamp)),
             None => (BTreeMap::new(), None),
         };
+    }
+
+    fn forget_what_was_only_opened(&mut self) {
+        self.document.shards.retain(|_, saved| saved.checkpoint.is_some());
     }
 
     /// Makes a change and gives its version; undoes it if the document would be too large.
@@ -375,6 +434,17 @@ impl Content {
                 let stored = stored.map_or(0, |stored| stored.lease_counter);
                 return Err(self.fenced(shard, stored, fence));
             }
+        }
+        Ok(())
+    }
+
+    /// The one change that moves a checkpoint back. The state belongs to the old one, and goes with it.
+    fn reset(&mut self, moves: &[Move]) -> Result<(), StateError> {
+        for Move { shard, checkpoint, start_at } in moves {
+            let saved = self.document.shards.entry(shard.clone()).or_default();
+            let lease_counter = saved.lease_counter;
+            let (checkpoint, start_at) = (Some(checkpoint.clone()), *start_at);
+            *saved = Saved { checkpoint, start_at, lease_counter, state: None };
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use std::{cmp::Ordering, fmt};
 
 pub use document::Saved;
 pub use place::Checkpoints;
-pub use state::{ShardState, StateError, StateStore, Writer};
+pub use state::{Move, ShardState, StateDocument, StateError, StateStore, Writer};
 pub use tracker::Tracker;
 
 use crate::shard::SequenceNumber;

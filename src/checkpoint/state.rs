@@ -4,17 +4,22 @@ use std::{collections::BTreeMap, io, sync::Arc};
 
 use aws_types::SdkConfig;
 use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use super::{
     Checkpoint, Checkpoints, Saved,
+    document::{Document, Stamp},
     file::StateFile,
     held::{HeldDocument, Object, Signature},
     place,
     s3::{self, S3Object},
 };
 use crate::{aws::AwsError, shard::ShardId};
+
+/// How many documents are read at a time by one who only looks.
+const CONCURRENT_LOOKS: usize = 8;
 
 /// Who writes state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +47,27 @@ pub struct StateStore {
     signature: Arc<Signature>,
     /// The document, if there is one for all shards, and whether it was taken over.
     one: Option<(Arc<HeldDocument>, OnceCell<()>)>,
+}
+
+/// A document as one sees it who does not write it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateDocument {
+    /// Where it is.
+    pub place: String,
+    /// What is stored of each shard.
+    pub shards: BTreeMap<ShardId, Saved>,
+    stamp: Stamp,
+}
+
+/// Where reading of a shard is to go on, by somebody's will.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Move {
+    /// The shard.
+    pub shard: ShardId,
+    /// Its new checkpoint.
+    pub checkpoint: Checkpoint,
+    /// The point in time that belongs to `LATEST` and `AT_TIMESTAMP`.
+    pub start_at: Option<Timestamp>,
 }
 
 /// Where documents are.
@@ -114,6 +140,71 @@ impl StateStore {
         let saved = document.shards().remove(shard).unwrap_or_default();
         Ok((ShardState { document, shard: shard.clone(), fence }, saved))
     }
+
+    /// Reads the documents that there are of these shards, and takes nothing over.
+    pub async fn look<'a>(
+        &self,
+        shards: impl IntoIterator<Item = &'a ShardId>,
+    ) -> Result<Vec<StateDocument>, StateError> {
+        let documents: Vec<Arc<HeldDocument>> = match &self.one {
+            Some((document, _)) => vec![document.clone()],
+            None => {
+                let of_shard = |shard| self.origin.document(Some(shard), &self.signature).into();
+                shards.into_iter().map(of_shard).collect()
+            }
+        };
+        let looks = documents.into_iter().map(async |document| {
+            let found = document.look().await?;
+            Ok(found.map(|Document { shards, stamp, .. }| {
+                let place = document.place().to_owned();
+                StateDocument { place, shards, stamp }
+            }))
+        });
+        stream::iter(looks)
+            .buffered(CONCURRENT_LOOKS)
+            .try_filter_map(|found| std::future::ready(Ok(found)))
+            .try_collect()
+            .await
+    }
+
+    /// Moves checkpoints, also back, and drops the state that belonged to them: the one thing that moves
+    /// one back, and only by somebody's will. Shard after shard as given, or in one write if one document
+    /// holds them.
+    ///
+    /// A document that is no longer as it was `seen` is refused ([`StateError::Written`]), unless this
+    /// store has taken it over. One that is not there needs no change where each shard has its own.
+    pub async fn reset(&self, seen: &[StateDocument], moves: &[Move]) -> Result<(), StateError> {
+        match &self.one {
+            Some((document, taken_over)) if taken_over.initialized() => document.reset(moves).await,
+            Some((document, _)) => {
+                document.reset_seen(seen.first().map(|seen| &seen.stamp), moves).await
+            }
+            None => {
+                for of_shard in moves {
+                    let shard = &of_shard.shard;
+                    let seen = seen.iter().find(|seen| seen.shards.contains_key(shard));
+                    if let Some(seen) = seen {
+                        let document = self.origin.document(Some(shard), &self.signature);
+                        let moves = std::slice::from_ref(of_shard);
+                        document.reset_seen(Some(&seen.stamp), moves).await?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl StateDocument {
+    /// The worker that wrote it last.
+    pub fn writer(&self) -> &str {
+        &self.stamp.writer
+    }
+
+    /// When that was, by the worker's clock, in whole milliseconds.
+    pub fn written_at(&self) -> Timestamp {
+        self.stamp.at
+    }
 }
 
 impl ShardState {
@@ -176,6 +267,18 @@ pub enum StateError {
         writer: String,
         /// When it wrote, by its clock.
         at: Timestamp,
+    },
+    /// The document was written since it was looked at.
+    #[error(
+        "state {place}: not reset, because it was written{} in the meantime; stop the worker that writes \
+         it, and try again",
+        writer.as_ref().map_or(String::new(), |(writer, at)| format!(" by worker {writer} at {at}"))
+    )]
+    Written {
+        /// The document.
+        place: String,
+        /// By whom, and when by its clock; `None` if it is gone.
+        writer: Option<(String, Timestamp)>,
     },
     /// A later owner of the shard's lease was here before.
     #[error(

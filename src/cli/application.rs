@@ -1,6 +1,10 @@
 //! An application seen from outside: its stream and its lease table.
 
-use std::{collections::BTreeSet, error::Error, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    error::Error,
+    time::Duration,
+};
 
 use aws_config::SdkConfig;
 use clap::Args;
@@ -8,8 +12,10 @@ use tokio::time::Instant;
 
 use super::values;
 use crate::{
-    Retrieval, SourceError,
-    lease::{Lease, LeaseError, LeaseStore as _, dynamodb::LeaseTable, plan::Observations},
+    Checkpoints, Retrieval, ShardId, SourceError,
+    checkpoint::{Saved, StateDocument, StateError, StateStore, Writer},
+    lease::{Lease, LeaseError, LeaseStore as _, dynamodb::LeaseTable, plan::Observations, stored},
+    shard::Shard,
     source::Streams,
 };
 
@@ -48,27 +54,69 @@ impl Application {
         Ok(streams)
     }
 
-    pub(super) fn look(&self, config: &SdkConfig, streams: &Streams) -> Look {
-        Look {
-            table: LeaseTable::new(config, self.table_name()).of_streams(streams.identifiers()),
+    pub(super) fn look(
+        &self,
+        config: &SdkConfig,
+        streams: &Streams,
+        checkpoints: &Checkpoints,
+    ) -> Result<Look, StateError> {
+        let writer = Writer {
+            application: self.app.clone(),
+            stream: streams.names(),
+            worker: format!("tramline on {}", crate::host::name()),
+        };
+        let state = StateStore::new(config, checkpoints, writer)?;
+        // The only worker of a document that holds every shard has no lease table.
+        let has_table = state.is_none() || checkpoints.is_per_shard();
+        let table = LeaseTable::new(config, self.table_name()).of_streams(streams.identifiers());
+        Ok(Look {
+            table: has_table.then_some(table),
+            state: state.map(|state| (checkpoints.to_string(), state)),
+            documents: Vec::new(),
+            writes: 0,
             leases: Vec::new(),
             observed: Observations::default(),
-        }
+        })
     }
 }
 
-/// The lease table, and what was observed in it.
+/// The lease table and the documents with the checkpoints, and what was observed in them.
 pub(super) struct Look {
-    pub(super) table: LeaseTable,
+    /// `None` where one document holds every shard.
+    pub(super) table: Option<LeaseTable>,
+    /// Where documents are kept, and its name.
+    pub(super) state: Option<(String, StateStore)>,
     /// As they were at the last look.
+    pub(super) documents: Vec<StateDocument>,
+    /// How often the one document was seen to change.
+    writes: u64,
+    /// As they were at the last look, with the checkpoints of the documents.
     pub(super) leases: Vec<Lease>,
     pub(super) observed: Observations,
 }
 
 impl Look {
-    /// Looks once.
-    pub(super) async fn once(&mut self) -> Result<(), Box<dyn Error + Send + Sync>> {
-        self.leases = match self.table.scan().await {
+    /// Looks once. `limit` is within what time a living owner renews its lease.
+    pub(super) async fn once(
+        &mut self,
+        listed: &[Shard],
+        limit: Duration,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        match self.table.is_some() {
+            true => {
+                self.scan().await?;
+                self.look_at_documents(listed).await?;
+                let leases = std::mem::take(&mut self.leases);
+                self.leases = stored::with_checkpoints(leases, &self.saved());
+            }
+            false => self.look_at_one_document(listed, limit).await?,
+        }
+        Ok(())
+    }
+
+    async fn scan(&mut self) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let Some(table) = &self.table else { return Ok(()) };
+        self.leases = match table.scan().await {
             Ok(leases) => leases,
             Err(LeaseError::NoTable { table }) => {
                 return Err(format!(
@@ -84,19 +132,86 @@ impl Look {
         Ok(())
     }
 
+    async fn look_at_documents(&mut self, listed: &[Shard]) -> Result<(), StateError> {
+        if let Some((_, state)) = &self.state {
+            let leased = self.leases.iter().map(|lease| &lease.shard);
+            let shards: BTreeSet<&ShardId> =
+                listed.iter().map(|shard| &shard.id).chain(leased).collect();
+            self.documents = state.look(shards).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes leases of what one document has. Who reads is not in it; only that somebody writes can be
+    /// seen.
+    async fn look_at_one_document(
+        &mut self,
+        listed: &[Shard],
+        limit: Duration,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let before = self.documents.pop();
+        self.look_at_documents(listed).await?;
+        let Some(document) = self.documents.first() else {
+            let (place, _) = self.state.as_ref().ok_or("no place for checkpoints")?;
+            return Err(format!(
+                "state {place} does not exist; check --checkpoint, --app and the region, or start a \
+                 worker, which creates it"
+            )
+            .into());
+        };
+        self.writes += u64::from(before.is_some_and(|before| before != *document));
+        let writer = document.writer();
+        let now = Instant::now();
+        let leases = stored::of_document(listed, &document.shards);
+        let written = leases.iter().map(|lease| Lease {
+            counter: self.writes,
+            owner: Some(writer.to_owned()),
+            ..lease.clone()
+        });
+        self.observed.see(&written.collect::<Vec<_>>(), now);
+        let is_written = |lease: &Lease| {
+            !lease.is_finished() && self.observed.is_renewed(&lease.shard, limit, now) == Some(true)
+        };
+        let owned = leases
+            .into_iter()
+            .map(|lease| Lease { owner: is_written(&lease).then(|| writer.to_owned()), ..lease });
+        self.leases = owned.collect();
+        Ok(())
+    }
+
+    pub(super) fn keeps(&self) -> Keeps {
+        match (&self.table, &self.state) {
+            (Some(_), None) => Keeps::Table,
+            (Some(_), Some(_)) => Keeps::TableAndState,
+            (None, _) => Keeps::State,
+        }
+    }
+
+    /// What the documents have of each shard.
+    pub(super) fn saved(&self) -> BTreeMap<ShardId, Saved> {
+        self.documents.iter().flat_map(|document| document.shards.clone()).collect()
+    }
+
     /// Looks until every owner was seen to renew, or for `limit`.
     pub(super) async fn watch(
         &mut self,
+        listed: &[Shard],
         limit: Duration,
     ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        self.once().await?;
         let until = Instant::now() + limit;
+        if self.table.is_none() {
+            // It may be large: it is read twice, and not each second.
+            self.once(listed, limit).await?;
+            tokio::time::sleep_until(until).await;
+            return self.once(listed, limit).await;
+        }
+        self.scan().await?;
         while Instant::now() < until && !self.all_renewed(limit) {
             let next = Instant::now() + LOOK_INTERVAL;
             tokio::time::sleep_until(next.min(until)).await;
-            self.once().await?;
+            self.scan().await?;
         }
-        Ok(())
+        self.once(listed, limit).await
     }
 
     /// Of `leases`, those whose owner was seen to renew.
@@ -120,7 +235,7 @@ impl Look {
 }
 
 /// Who holds leases that are not to be touched, as one line that says what to do.
-pub(super) fn refusal(live: &[&Lease], doing: &str) -> String {
+pub(super) fn refusal(live: &[&Lease], doing: &str, keeps: Keeps) -> String {
     let workers: BTreeSet<&str> = live.iter().filter_map(|lease| lease.reader()).collect();
     let workers: Vec<&str> = workers.into_iter().collect();
     let (first, more) = match live {
@@ -128,13 +243,31 @@ pub(super) fn refusal(live: &[&Lease], doing: &str) -> String {
         [one] => (one, String::new()),
         [one, rest @ ..] => (one, format!(", and {} more of the shards are read too", rest.len())),
     };
+    let (sign, or) = match keeps {
+        Keeps::Table => (
+            "renews its lease",
+            format!(", which frees the leases, or {doing} under running workers with --force"),
+        ),
+        Keeps::TableAndState => ("renews its lease", ", which frees the leases".to_owned()),
+        Keeps::State => ("writes its state", String::new()),
+    };
     format!(
-        "shard {} is read by {}, which renews its lease{more}; stop {} first, which frees the leases, \
-         or {doing} under running workers with --force",
+        "shard {} is read by {}, which {sign}{more}; stop {} first{or}",
         first.shard,
         first.reader().unwrap_or_default(),
         workers.join(", ")
     )
+}
+
+/// What an application keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keeps {
+    /// Leases with checkpoints.
+    Table,
+    /// Leases, and a document for each shard.
+    TableAndState,
+    /// One document.
+    State,
 }
 
 #[cfg(test)]
@@ -157,10 +290,14 @@ mod tests {
         };
         let (a, b) = (lease("shard-a", "w2"), lease("shard-b", "w1"));
         assert_eq!(
-            refusal(&[&a, &b], "reset"),
+            refusal(&[&a, &b], "reset", Keeps::Table),
             "shard shard-a is read by w2, which renews its lease, and 1 more of the shards are read \
              too; stop w1, w2 first, which frees the leases, or reset under running workers with \
              --force"
+        );
+        assert_eq!(
+            refusal(&[&a], "reset", Keeps::State),
+            "shard shard-a is read by w2, which writes its state; stop w2 first"
         );
     }
 }

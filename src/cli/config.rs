@@ -228,7 +228,7 @@ fn flags(command: &Command) -> Vec<&str> {
 
 /// Whether the environment and the file can set a flag. What confirms a change is said each time.
 fn is_set(long: &str) -> bool {
-    !matches!(long, "help" | "version" | "config" | "yes" | "force")
+    !matches!(long, "help" | "version" | "config" | "yes" | "force" | "reset")
 }
 
 /// The command with `settings` as the defaults of its flags.

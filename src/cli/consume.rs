@@ -1,25 +1,37 @@
-use std::time::Duration;
+use std::{
+    future::pending,
+    io,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use aws_config::SdkConfig;
 use clap::Args;
 use jiff::Timestamp;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use super::{Outcome, values};
+use super::{
+    Outcome, Watched, fleet,
+    values::{self, Output},
+};
 use crate::{
-    Checkpoints, DeadLetters, MaxCheckpointAge, OnFailure, OnStuck, Retries, Retrieval,
-    StartPosition, Tolerance, Worker,
-    feed::{Format, Stdout},
+    Checkpoints, DeadLetters, Handler, MaxCheckpointAge, Observer, OnFailure, OnStuck, Retries,
+    Retrieval, ShardId, StartPosition, Tolerance, Worker, WorkerBuilder,
+    feed::{Archive, Format, Stdout},
     host,
+    telemetry::{self, Served},
 };
 
+/// Read a stream and write its messages to stdout or to an archive
+///
 /// Reads a stream as one worker of an application and writes its messages to stdout, which carries
-/// nothing else. It goes on where the application's workers stopped.
+/// nothing else, or to an archive. It goes on where the application's workers stopped.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline consume --stream ctd-ocs-raw-messages --app rtr-green
   tramline consume --stream ctd-ocs-raw-messages --app look --start latest --format raw
-  tramline consume --stream ctd-ocs-raw-messages --app day --start service-day --exit-when-idle 10s")]
+  tramline consume --stream ctd-ocs-raw-messages --app day --start service-day --exit-when-idle 10s
+  tramline consume --stream ctd-ocs-raw-messages --app archive --output s3-archive://ocs-logs/raw")]
 pub(super) struct Consume {
     /// The stream to read; may be repeated, to read several with their leases in one table
     #[arg(long, value_name = "NAME", required = true, value_delimiter = ',')]
@@ -29,7 +41,16 @@ pub(super) struct Consume {
     #[arg(long, value_name = "NAME")]
     pub(super) app: String,
 
-    /// How a message is written
+    /// Where messages go: stdout, or s3-archive://BUCKET/PREFIX for the day's log in S3, as lines
+    /// MM/dd/yy,HH:mm:ss,TEXT in objects PREFIX/YYYY-MM-DD/STREAM/SHARD/PLACE.txt
+    #[arg(long, value_name = "PLACE", value_parser = values::output, default_value = "stdout")]
+    output: Output,
+
+    /// How old a message may get before it is written to the archive
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "1m")]
+    archive_interval: Duration,
+
+    /// How a message is written to stdout
     #[arg(long, value_enum, default_value_t)]
     pub(super) format: Format,
 
@@ -40,6 +61,11 @@ pub(super) struct Consume {
     /// Where shards without a checkpoint start: latest, trim-horizon, service-day or an RFC 3339 time
     #[arg(long, value_name = "POSITION", value_parser = values::start, default_value = "trim-horizon")]
     pub(super) start: StartPosition,
+
+    /// Apply --start even where there is a checkpoint: moves the checkpoint of every shard there, also back,
+    /// before the worker starts. Refused while another worker reads
+    #[arg(long, conflicts_with = "no_checkpoint")]
+    reset: bool,
 
     /// The DynamoDB table of the leases [default: the application's name]
     #[arg(long, value_name = "NAME")]
@@ -136,7 +162,12 @@ pub(super) struct Consume {
 }
 
 impl Consume {
-    pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+    pub(super) async fn run(
+        self,
+        config: &SdkConfig,
+        watched: Option<Watched>,
+        stop: CancellationToken,
+    ) -> Outcome {
         if self.refuse_above_memory.is_some() && host::resident_bytes().is_none() {
             return Err(
                 "--refuse-above-memory needs /proc/self/status, which this system does not have; \
@@ -144,8 +175,11 @@ impl Consume {
                     .into(),
             );
         }
-        let stdout = Stdout::new(self.format)?;
-        let feed = stdout.clone();
+        let observed = Arc::new(OnceLock::new());
+        let _served = match watched {
+            Some(watched) => Some(self.serve(config, watched, observed.clone()).await?),
+            None => None,
+        };
         let (behind, memory) = (self.refuse_when_behind, self.refuse_above_memory);
         let mut streams = self.stream.into_iter();
         let mut worker = Worker::builder(config, streams.next().unwrap_or_default(), self.app)
@@ -160,7 +194,7 @@ impl Consume {
             })
             .retries(Retries {
                 attempts: self.handler_attempts,
-                // Standard output is waited for, however long nobody reads it.
+                // The output is waited for, however long nobody reads it.
                 time_limit: None,
                 ..Retries::default()
             })
@@ -171,6 +205,9 @@ impl Consume {
             .checkpoint_interval(self.checkpoint_interval)
             .prefetch_bytes(self.prefetch)
             .shutdown_limit(self.shutdown_limit);
+        if self.reset {
+            worker = worker.reset();
+        }
         if self.no_checkpoint {
             worker = worker.no_checkpoint();
         }
@@ -201,17 +238,77 @@ impl Consume {
         if let Some(limit) = self.exit_when_idle {
             worker = worker.stop_when_idle(limit);
         }
-        let worker = tokio::select! {
-            built = worker.handler(move |_| feed.clone()).build() => built?,
-            () = stop.cancelled() => return Ok(()),
-        };
-        let shutdown = async {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = stdout.closed() => tracing::info!("the reader of stdout has gone: stopping"),
+        match self.output {
+            Output::Stdout => {
+                let stdout = Stdout::new(self.format)?;
+                let feed = stdout.clone();
+                let gone = async {
+                    stdout.closed().await;
+                    tracing::info!("the reader of stdout has gone: stopping");
+                };
+                work(worker.handler(move |_| feed.clone()), &observed, gone, stop).await
             }
-        };
-        worker.run(shutdown).await?;
-        Ok(())
+            Output::Archive { bucket, prefix } => {
+                let archive = tokio::select! {
+                    opened = Archive::open(config, &bucket, &prefix) => opened?,
+                    () = stop.cancelled() => return Ok(()),
+                };
+                let archive = archive.interval(self.archive_interval);
+                work(worker.handler(move |_| archive.handler()), &observed, pending(), stop).await
+            }
+        }
     }
+}
+
+impl Consume {
+    /// Tells how the worker is doing, also before there is one.
+    async fn serve(
+        &self,
+        config: &SdkConfig,
+        watched: Watched,
+        observed: Arc<OnceLock<Observer>>,
+    ) -> io::Result<AbortOnDropHandle<()>> {
+        let listener = telemetry::bind(watched.address).await?;
+        // Without a lease table this is the only worker.
+        let has_table = !self.no_checkpoint
+            && (self.checkpoint == Checkpoints::default() || self.checkpoint.is_per_shard());
+        let served = Served {
+            command: "consume",
+            title: format!("{}, application {}", self.stream.join(", "), self.app),
+            worker: observed,
+            fleet: has_table.then(|| {
+                let table = self.lease_table.as_deref().unwrap_or(&self.app);
+                fleet::looker(config, &self.stream, table)
+            }),
+            recent: watched.recent,
+        };
+        Ok(served.serve(listener))
+    }
+}
+
+/// Runs a worker until it is done, its output has `gone`, or it is to stop.
+async fn work<F, H>(
+    worker: WorkerBuilder<F>,
+    observed: &OnceLock<Observer>,
+    gone: impl Future<Output = ()> + Send,
+    stop: CancellationToken,
+) -> Outcome
+where
+    F: Fn(&ShardId) -> H + Send + Sync + 'static,
+    H: Handler,
+{
+    let worker = tokio::select! {
+        built = worker.build() => built?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    // There is one worker, so it was not set before.
+    let _ = observed.set(worker.observer());
+    let shutdown = async {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = gone => {}
+        }
+    };
+    worker.run(shutdown).await?;
+    Ok(())
 }

@@ -34,7 +34,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// An hour: what took longer is counted as that.
 const LATENCY_LIMIT_MICROS: u64 = 3_600_000_000;
 
-/// Shows the whole way of a message in one process, over real sockets: a traffic generator connects to
+/// Show the whole way of a message on embedded servers
+///
+/// All in one process, over real sockets: a traffic generator connects to
 /// the producer, the producer writes to an embedded Kinesis, and a worker with leases in an embedded
 /// DynamoDB reads from it. Messages go to stdout, one JSON object a line. The exit code is 0 only if
 /// every message came out, in the order of its connection.

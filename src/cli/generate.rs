@@ -18,8 +18,9 @@ use crate::ocs::{
     generate::{Generator, Item, Profile},
 };
 
-/// Sends realistic OCS traffic to a TCP port: every message type, sequence numbers, heartbeats. The
-/// same seed gives the same bytes.
+/// Send realistic OCS traffic to a TCP port
+///
+/// Every message type, sequence numbers, heartbeats. The same seed gives the same bytes.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline generate --to 127.0.0.1:8001
@@ -149,13 +150,17 @@ impl Traffic {
 
 /// A bar on stderr if that is a terminal, else nothing.
 pub(super) fn progress_bar(length: u64, what: &'static str) -> ProgressBar {
-    let target = if io::stderr().is_terminal() {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    };
-    let bar = ProgressBar::with_draw_target(Some(length), target);
+    let bar = ProgressBar::with_draw_target(Some(length), progress_target());
     let template = "{bar:30} {pos}/{len} {msg}, {per_sec}, {eta} left";
     bar.set_style(ProgressStyle::with_template(template).unwrap_or(ProgressStyle::default_bar()));
     bar.with_message(what)
+}
+
+/// Where progress is shown: on stderr if that is a terminal, else nowhere.
+pub(super) fn progress_target() -> ProgressDrawTarget {
+    if io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    }
 }

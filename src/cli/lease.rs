@@ -1,5 +1,5 @@
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     error::Error,
     io::{ErrorKind, Write as _},
 };
@@ -11,22 +11,23 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Outcome,
-    application::{Application, Look, refusal},
+    application::{Application, Keeps, Look, refusal},
     values::{self, ResetPosition},
 };
 use crate::{
-    ShardId,
+    Checkpoints, ShardId,
     checkpoint::Checkpoint,
     lease::{
         Lease as LeaseRow, LeaseError,
-        reset::{ResetTo, Rewrite, plan_release, plan_reset, write_release, write_reset},
+        reset::{ResetTo, Rewrite, moves, plan_release, plan_reset, write_release, write_reset},
     },
     shard::Shard,
     source::{Place, Streams},
 };
 
-/// Moves checkpoints and gives up leases. Both commands only print what they would do, until they are
-/// given --yes.
+/// Move checkpoints and give up leases
+///
+/// Both commands only print what they would do, until they are given --yes.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to trim-horizon
@@ -38,12 +39,12 @@ pub(super) struct Lease {
 
 #[derive(Debug, Subcommand)]
 enum LeaseCommand {
-    /// Move checkpoints, so that shards are read from another place
     Reset(Reset),
-    /// Free leases, so that other workers take them at once
     Release(Release),
 }
 
+/// Move checkpoints, so that shards are read from another place
+///
 /// Moves the checkpoints of an application's shards, forth or back, and prints the changes. Nothing is
 /// written without --yes, nor while a worker renews one of the leases, unless with --force: then that
 /// worker may go on for up to 4 s, and what it handles in that time comes again or out of order.
@@ -51,12 +52,19 @@ enum LeaseCommand {
 /// What follows a shard that is read again is read again after it, so child shards are reset with their
 /// parents (to the same time, or to their first record); shards that were finished and forgotten get
 /// leases again. `latest` skips what has not been read and leaves finished shards and children alone.
+///
+/// State of handlers that an object or a file keeps with a checkpoint (--checkpoint) is dropped with it: they
+/// start without. Such a document is not written while a worker was seen to write it, or if it was written
+/// since it was looked at. An idle worker cannot be seen in an object of S3: it ends with an error when it
+/// next writes.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to trim-horizon
   tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to 2025-07-02T06:00:00Z --yes
   tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to latest \\
-      --shard shardId-000000000000 --shard shardId-000000000001 --yes")]
+      --shard shardId-000000000000 --shard shardId-000000000001 --yes
+  tramline lease reset --stream ctd-ocs-raw-messages --app rtr-green --to trim-horizon \\
+      --checkpoint s3://rtr-state/green.state")]
 struct Reset {
     #[command(flatten)]
     application: Application,
@@ -66,10 +74,17 @@ struct Reset {
     #[arg(long, value_name = "POSITION", value_parser = values::reset_position)]
     to: ResetPosition,
 
+    /// Where the application's workers keep checkpoints: dynamodb, s3://BUCKET/KEY or file:///PATH, as they
+    /// are told it
+    #[arg(long, value_name = "PLACE", value_parser = values::checkpoints, default_value = "dynamodb")]
+    checkpoint: Checkpoints,
+
     #[command(flatten)]
     how: How,
 }
 
+/// Free leases, so that other workers take them at once
+///
 /// Takes leases from their owners, so that other workers take them at once instead of when they have
 /// run out; checkpoints stay. Nothing is written without --yes, nor while a worker renews one of the
 /// leases, unless with --force: then that worker may go on for up to 4 s beside the next one.
@@ -131,7 +146,14 @@ impl Lease {
 
 impl Reset {
     async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
-        let Self { application, to, how } = self;
+        let Self { application, to, checkpoint, how } = self;
+        if how.force && checkpoint != Checkpoints::LeaseTable {
+            return Err(
+                "--force is for the lease table: a worker whose state is moved under it ends \
+                        with an error; stop it first"
+                    .into(),
+            );
+        }
         let now = Timestamp::now();
         let to = match to {
             ResetPosition::Latest => ResetTo::Latest { from: Place::pin_time(now) },
@@ -140,12 +162,13 @@ impl Reset {
             ResetPosition::SequenceNumber(number) => ResetTo::SequenceNumber(number),
         };
         let Some(Observed { streams, listed, look }) =
-            observed(&application, config, &stop).await?
+            observed(&application, &checkpoint, config, &stop).await?
         else {
             return Ok(());
         };
         let only = how.shards(&listed)?;
-        let rewrites = plan_reset(&listed, &look.leases, &only, &to, now)?;
+        let saved = if look.table.is_some() { look.saved() } else { BTreeMap::new() };
+        let rewrites = plan_reset(&listed, &look.leases, &saved, &only, &to, now)?;
         if let (ResetTo::SequenceNumber(number), Some(shard)) = (&to, only.first()) {
             // A worker could not open the shard at a number that is not in it.
             if let Some(stream) = streams.of(shard) {
@@ -155,10 +178,17 @@ impl Reset {
         let seen = rewrites.iter().filter_map(|rewrite| rewrite.seen.as_ref());
         let live = look.live(seen, application.observe);
         let lines: Vec<String> = rewrites.iter().map(shown_rewrite).collect();
-        if !confirmed(&lines, &live, &how, "reset")? {
+        if !confirmed(&lines, &live, &how, "reset", look.keeps())? {
             return Ok(());
         }
-        let written = write_reset(&look.table, &look.leases, &rewrites, how.force).await;
+        // Before the leases: who opens a shard goes on where its document says.
+        if let Some((_, state)) = &look.state {
+            state.reset(&look.documents, &moves(&rewrites)).await?;
+        }
+        let written = match &look.table {
+            Some(table) => write_reset(table, &look.leases, &rewrites, how.force).await,
+            None => Ok(()),
+        };
         done(written, "reset", rewrites.len())
     }
 }
@@ -166,17 +196,19 @@ impl Reset {
 impl Release {
     async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
         let Self { application, how } = self;
-        let Some(Observed { listed, look, .. }) = observed(&application, config, &stop).await?
+        let place = Checkpoints::LeaseTable;
+        let observed = observed(&application, &place, config, &stop).await?;
+        let Some(Observed { listed, look: look @ Look { table: Some(table), .. }, .. }) = &observed
         else {
             return Ok(());
         };
-        let held = plan_release(&look.leases, &how.shards(&listed)?)?;
+        let held = plan_release(&look.leases, &how.shards(listed)?)?;
         let live = look.live(&held, application.observe);
         let lines: Vec<String> = held.iter().map(shown_release).collect();
-        if !confirmed(&lines, &live, &how, "release")? {
+        if !confirmed(&lines, &live, &how, "release", look.keeps())? {
             return Ok(());
         }
-        let written = write_release(&look.table, &look.leases, &held, how.force).await;
+        let written = write_release(table, &look.leases, &held, how.force).await;
         done(written, "released", held.len())
     }
 }
@@ -191,14 +223,15 @@ struct Observed {
 /// stopped before.
 async fn observed(
     application: &Application,
+    checkpoint: &Checkpoints,
     config: &SdkConfig,
     stop: &CancellationToken,
 ) -> Result<Option<Observed>, Box<dyn Error + Send + Sync>> {
     let observe = async {
         let streams = application.streams(config).await?;
         let listed = streams.shards().await?;
-        let mut look = application.look(config, &streams);
-        look.watch(application.observe).await?;
+        let mut look = application.look(config, &streams, checkpoint)?;
+        look.watch(&listed, application.observe).await?;
         Ok(Observed { streams, listed, look })
     };
     tokio::select! {
@@ -213,10 +246,11 @@ fn confirmed(
     live: &[&LeaseRow],
     how: &How,
     doing: &str,
+    keeps: Keeps,
 ) -> Result<bool, Box<dyn Error + Send + Sync>> {
     let refused = !live.is_empty() && !how.force;
     if how.yes && refused {
-        return Err(refusal(live, doing).into());
+        return Err(refusal(live, doing, keeps).into());
     }
     let mut text: String = lines.iter().map(|line| format!("{line}\n")).collect();
     if lines.is_empty() {
@@ -225,7 +259,7 @@ fn confirmed(
         let command: Vec<String> = std::env::args().collect();
         text.push_str(&format!("nothing is written yet; to do it:\n  {}\n", with_yes(&command)));
         if refused {
-            text.push_str(&format!("as it is, that is refused: {}\n", refusal(live, doing)));
+            text.push_str(&format!("as it is, that is refused: {}\n", refusal(live, doing, keeps)));
         }
     }
     let mut stdout = std::io::stdout().lock();

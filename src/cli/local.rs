@@ -6,8 +6,9 @@ use tokio_util::sync::CancellationToken;
 use super::Outcome;
 use crate::local::{Local, LocalSettings};
 
-/// Runs embedded Kinesis, DynamoDB and S3 on loopback ports until Ctrl-C, and prints the environment
-/// variables that point any AWS tool at them, then `ready`.
+/// Run embedded Kinesis, DynamoDB and S3 until Ctrl-C
+///
+/// On loopback ports. Prints the environment variables that point any AWS tool at them, then `ready`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline local

@@ -5,18 +5,20 @@ mod config;
 mod consume;
 #[cfg(feature = "local")]
 mod demo;
+mod fleet;
 mod generate;
 mod lease;
 #[cfg(feature = "local")]
 mod local;
 mod produce;
 mod redrive;
+mod replay;
 mod schema;
 mod signals;
 mod status;
 mod values;
 
-use std::{error::Error, io::IsTerminal as _, process::ExitCode};
+use std::{error::Error, io::IsTerminal as _, net::SocketAddr, process::ExitCode};
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
@@ -26,6 +28,8 @@ use tracing_subscriber::{
     layer::SubscriberExt as _,
     util::SubscriberInitExt as _,
 };
+
+use crate::telemetry::{Recent, RecentLayer};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -67,6 +71,10 @@ struct Global {
     #[arg(short, long, global = true, action = ArgAction::Count)]
     quiet: u8,
 
+    /// Serve health, metrics and a status page on this address, while consume or produce runs
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    http: Option<SocketAddr>,
+
     /// The AWS region [default: that of the AWS environment or profile]
     #[arg(long, global = true, value_name = "REGION")]
     region: Option<String>,
@@ -81,27 +89,28 @@ enum LogFormat {
     Json,
 }
 
+/// Without docs of their own, variants show those of their structs: the first line in the list of
+/// commands, all of it in a command's `--help`.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show the whole way of a message on embedded servers
     #[cfg(feature = "local")]
     Demo(demo::Demo),
-    /// Run embedded Kinesis, DynamoDB and S3 until Ctrl-C
     #[cfg(feature = "local")]
     Local(local::LocalServers),
-    /// Receive OCS connections and write their messages to a stream
     Produce(produce::Produce),
-    /// Read a stream and write its messages to stdout
     Consume(Box<consume::Consume>),
-    /// Show an application's shards, who reads them and how far
     Status(status::Status),
-    /// Move checkpoints and give up leases
     Lease(lease::Lease),
     Redrive(redrive::Redrive),
-    /// Send realistic OCS traffic to a TCP port
+    Replay(replay::Replay),
     Generate(generate::Generate),
-    /// Print the JSON Schema of an event type
     Schema(schema::Schema),
+}
+
+/// Where a command is to tell how it is doing, and the latest of what it logged.
+struct Watched {
+    address: SocketAddr,
+    recent: Recent,
 }
 
 /// What a command gives to `main`: its error is one line for the person who reads the log.
@@ -118,7 +127,8 @@ pub fn main() -> ExitCode {
         }
     };
     let cli: Cli = parsed.cli;
-    let _log = start_logging(&cli.global);
+    let recent = Recent::default();
+    let _log = start_logging(&cli.global, recent.clone());
     for warning in parsed.warnings {
         tracing::warn!("{warning}");
     }
@@ -129,7 +139,7 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(run(cli));
+    let outcome = runtime.block_on(run(cli, recent));
     // A write to a full pipe may be stuck in a thread of its own; nothing waits for it any more.
     runtime.shutdown_background();
     match outcome {
@@ -141,18 +151,22 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli) -> Outcome {
+async fn run(cli: Cli, recent: Recent) -> Outcome {
     let stop = signals::stop_token();
+    let watched = cli.global.http.map(|address| Watched { address, recent });
     match cli.command {
         #[cfg(feature = "local")]
         Command::Demo(demo) => demo.run(stop).await,
         #[cfg(feature = "local")]
         Command::Local(local) => local.run(stop).await,
         Command::Produce(produce) => produce.run(&aws_config(&cli.global).await?, stop).await,
-        Command::Consume(consume) => consume.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Consume(consume) => {
+            consume.run(&aws_config(&cli.global).await?, watched, stop).await
+        }
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Replay(replay) => replay.run(&cli.global, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
         Command::Schema(schema) => schema.run(),
     }
@@ -174,7 +188,7 @@ async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send +
 
 /// Starts to log to stderr, by a thread of its own: a reader of stderr that does not read costs log
 /// lines, and nothing else. The guard writes what is left when it is dropped.
-fn start_logging(global: &Global) -> WorkerGuard {
+fn start_logging(global: &Global, recent: Recent) -> WorkerGuard {
     let level = match i16::from(global.verbose) - i16::from(global.quiet) {
         ..=-2 => LevelFilter::ERROR,
         -1 => LevelFilter::WARN,
@@ -185,7 +199,7 @@ fn start_logging(global: &Global) -> WorkerGuard {
     let others = if global.verbose >= 2 { LevelFilter::DEBUG } else { LevelFilter::ERROR };
     let filter = Targets::new().with_default(others).with_target("tramline", level);
     let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(RecentLayer(recent));
     match global.log_format {
         LogFormat::Text => {
             let terminal = std::io::stderr().is_terminal();
@@ -205,4 +219,26 @@ fn start_logging(global: &Global) -> WorkerGuard {
         }
     }
     guard
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_command_has_a_line_in_the_list_and_more_in_its_help() {
+        fn look_at(command: &clap::Command) {
+            for command in command.get_subcommands() {
+                let name = command.get_name();
+                let short = command.get_about().map(ToString::to_string).unwrap_or_default();
+                let long = command.get_long_about().map(ToString::to_string).unwrap_or_default();
+                assert!(!short.is_empty() && !short.contains('\n'), "{name}: {short}");
+                assert!(long.starts_with(&short) && long.len() > short.len(), "{name}: {long}");
+                look_at(command);
+            }
+        }
+        look_at(&Cli::command());
+    }
 }

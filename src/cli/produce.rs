@@ -11,6 +11,8 @@ use crate::{
     ProducerSettings, SequencePer, ShardRate, Spool,
 };
 
+/// Receive OCS connections and write their messages to a stream
+///
 /// Listens for OCS connections, wraps each message as a CloudEvent and writes it to a stream, in the
 /// order of its connection. It listens also while AWS is away: messages wait in the spool, a directory on
 /// disk, and what an earlier run left there goes first. When the spool is full, the sockets are not read.

@@ -15,9 +15,11 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Outcome,
     application::{Application, Look},
+    values,
 };
 use crate::{
-    checkpoint::Checkpoint,
+    Checkpoints,
+    checkpoint::{Checkpoint, StateDocument},
     lease::{
         Lease,
         overview::{self, ShardOverview, State, WorkerOverview},
@@ -32,8 +34,10 @@ const TABLE_WIDTH: usize = 80;
 /// Of a sequence number, only the last digits differ from one hour to the next.
 const CHECKPOINT_WIDTH: usize = 14;
 
-/// Shows an application's shards, who reads them and how far, and its workers. It reads the lease table
-/// and lists the stream's shards, and writes nothing.
+/// Show an application's shards, who reads them and how far
+///
+/// And its workers. It reads the lease table, or the documents that keep checkpoints, and lists the stream's
+/// shards, and writes nothing.
 ///
 /// The table has no times, so whether an owner lives shows only in that it renews its leases: the table
 /// is looked at each second until every owner was seen to, for --observe at most.
@@ -51,8 +55,12 @@ const CHECKPOINT_WIDTH: usize = 14;
   no lease       no worker has made a lease for it yet
   unreadable     its row cannot be read as a lease
 
+Where one object or file holds every shard (--checkpoint without {shard}), there are no leases: `reading`
+says that it was seen to be written, `free` that it was not, so that its worker is idle or gone.
+
 With --json, one object on one line:
-  stream, application, table
+  stream, application, table (null where one document holds every shard)
+  documents[]: place, writer, written_at
   shards[]: stream, shard, parents[], closed, state (words joined by hyphens), owner, next_owner (during
     a hand-over), renewed (true, false, or null if not watched for long enough), waiting_for[],
     checkpoint (a sequence number or a word of the KCL's), sub_sequence_number, start_at, since (when the
@@ -73,6 +81,11 @@ Examples:
 pub(super) struct Status {
     #[command(flatten)]
     application: Application,
+
+    /// Where the application's workers keep checkpoints: dynamodb, s3://BUCKET/KEY or file:///PATH, as they
+    /// are told it
+    #[arg(long, value_name = "PLACE", value_parser = values::checkpoints, default_value = "dynamodb")]
+    checkpoint: Checkpoints,
 
     /// Print one JSON object on one line
     #[arg(long)]
@@ -98,9 +111,28 @@ struct Report {
     at: Timestamp,
     stream: String,
     application: String,
-    table: String,
+    table: Option<String>,
+    documents: Vec<DocumentReport>,
     shards: Vec<ShardReport>,
     workers: Vec<WorkerOverview>,
+}
+
+/// A document with checkpoints.
+#[derive(Debug, Serialize)]
+struct DocumentReport {
+    place: String,
+    writer: String,
+    written_at: Timestamp,
+}
+
+impl DocumentReport {
+    fn new(document: &StateDocument) -> Self {
+        Self {
+            place: document.place.clone(),
+            writer: document.writer().to_owned(),
+            written_at: document.written_at(),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -145,7 +177,7 @@ impl Status {
 
     async fn show(&self, config: &SdkConfig) -> Outcome {
         let streams = self.application.streams(config).await?;
-        let mut look = self.application.look(config, &streams);
+        let mut look = self.application.look(config, &streams, &self.checkpoint)?;
         if !self.watch {
             let report = self.report(&streams, &mut look).await?;
             self.print(&report, false)?;
@@ -175,12 +207,12 @@ impl Status {
         look: &mut Look,
     ) -> Result<Report, Box<dyn Error + Send + Sync>> {
         let listed = streams.shards().await?;
-        if self.watch || self.quick {
-            look.once().await?;
-        } else {
-            look.watch(self.application.observe).await?;
-        }
         let limit = self.application.observe;
+        if self.watch || self.quick {
+            look.once(&listed, limit).await?;
+        } else {
+            look.watch(&listed, limit).await?;
+        }
         let shards = overview::shards(&listed, &look.leases, &look.observed, limit, Instant::now());
         let workers = overview::workers(&shards);
         let shards = stream::iter(shards)
@@ -203,7 +235,8 @@ impl Status {
             at: Timestamp::now(),
             stream: self.application.stream.join(", "),
             application: self.application.app.clone(),
-            table: self.application.table_name().to_owned(),
+            table: look.table.as_ref().map(|_| self.application.table_name().to_owned()),
+            documents: look.documents.iter().map(DocumentReport::new).collect(),
             shards,
             workers,
         })
@@ -247,9 +280,21 @@ fn redrawn(text: &str) -> String {
 }
 
 fn text(report: &Report, with_lag: bool) -> String {
-    let Report { at, stream, application, table, shards, workers } = report;
-    let mut text =
-        format!("stream       {stream}\napplication  {application}\nlease table  {table}\n\n");
+    let Report { at, stream, application, table, documents, shards, workers } = report;
+    let mut text = format!("stream       {stream}\napplication  {application}\n");
+    if let Some(table) = table {
+        text.push_str(&format!("lease table  {table}\n"));
+    }
+    match documents.as_slice() {
+        [one] if table.is_none() => text.push_str(&format!(
+            "state        {}, written {} ago by {}\n",
+            one.place,
+            age_since(one.written_at, *at),
+            one.writer
+        )),
+        _ => {}
+    }
+    text.push('\n');
     text.push_str(&shard_table(shards, with_lag, *at));
     if !workers.is_empty() {
         let mut columns = [
@@ -495,7 +540,8 @@ mod tests {
             at: Timestamp::from_second(7200).expect("a time"),
             stream: "s".into(),
             application: "a".into(),
-            table: "t".into(),
+            table: Some("t".into()),
+            documents: Vec::new(),
             workers: overview::workers(&overviews),
             shards,
         }

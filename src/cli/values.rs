@@ -171,6 +171,28 @@ pub(super) fn dead_letters(text: &str) -> Result<DeadLetters, String> {
         .ok_or_else(|| "write kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH".to_owned())
 }
 
+/// Where a worker's messages go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Output {
+    Stdout,
+    Archive { bucket: String, prefix: String },
+}
+
+/// An output.
+pub(super) fn output(text: &str) -> Result<Output, String> {
+    let archive = |place: &str| {
+        let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+        let (bucket, prefix) = (bucket.to_owned(), prefix.to_owned());
+        (!bucket.is_empty()).then_some(Output::Archive { bucket, prefix })
+    };
+    match text.split_once("://") {
+        None if text == "stdout" => Some(Output::Stdout),
+        Some(("s3-archive", place)) => archive(place),
+        _ => None,
+    }
+    .ok_or_else(|| "write stdout or s3-archive://BUCKET/PREFIX".to_owned())
+}
+
 /// The name of a stream.
 pub(super) fn stream_name(text: &str) -> Result<String, String> {
     is_stream_name(text)

@@ -34,6 +34,7 @@ pub(crate) use dead_letter::{LetterId, Part, hexadecimal};
 #[cfg(feature = "cli")]
 pub(crate) use dead_letter_line::ReadLine;
 pub(crate) use dead_letters::DeadLetterStore;
+pub(crate) use dead_letters::s3::client as s3_client;
 pub use dead_letters::{DeadLetterError, DeadLetters};
 #[cfg(feature = "cli")]
 pub(crate) use dead_letters::{
@@ -41,7 +42,6 @@ pub(crate) use dead_letters::{
     file::sync_name,
     is_stream_name,
     kinesis::{KEY_LIMIT_CHARS, Outgoing, RECORD_LIMIT_BYTES, put_records, round},
-    s3::client as s3_client,
 };
 pub use deduplicate::Deduplicate;
 pub(crate) use failure::{Failure, FailureCause, FailureRate};
@@ -107,7 +107,8 @@ pub trait Handler: Send + 'static {
 
     /// The handler's state after all that it has finished, to be stored in the same write as the position
     /// ([`Checkpoints`](crate::Checkpoints) in S3 or a file): whatever happens, both agree, so that each
-    /// message counts in the state exactly once. Called before each checkpoint, between batches.
+    /// message counts in the state exactly once. Called before each checkpoint, between batches. So a call of
+    /// [`handle`](Self::handle) changes the state by all of its batch, or, if it fails, by nothing of it.
     ///
     /// `None`, the default, stores the position alone.
     fn snapshot(&mut self) -> Result<Option<Vec<u8>>, Self::Error> {

@@ -55,6 +55,8 @@ pub struct HeldLease<S> {
     /// A note that waits for the next renewal, and when the last one was written.
     note: Mutex<Option<Change>>,
     noted_at: Mutex<Instant>,
+    /// What last kept the reader from getting on.
+    trouble: Mutex<Option<Trouble>>,
 }
 
 impl<S: LeaseStore> HeldLease<S> {
@@ -82,6 +84,7 @@ impl<S: LeaseStore> HeldLease<S> {
             behind: Mutex::new(None),
             note: Mutex::new(None),
             noted_at: taken_at.into(),
+            trouble: Mutex::new(None),
         }
     }
 
@@ -154,7 +157,13 @@ impl<S: LeaseStore> HeldLease<S> {
     /// `is_over`, what kept it until now.
     pub fn note_trouble(&self, text: String, at: Timestamp, is_over: bool) {
         let trouble = Trouble { text, at: whole_millis(at), is_over };
+        *lock(&self.trouble) = Some(trouble.clone());
         *lock(&self.note) = Some(Change::Note { trouble });
+    }
+
+    /// What last kept the reader from getting on, as it was noted here.
+    pub fn trouble(&self) -> Option<Trouble> {
+        lock(&self.trouble).clone()
     }
 
     /// Gives the lease up without a write: it is not used nor renewed any more, and others take it when
@@ -196,8 +205,20 @@ impl<S: LeaseStore> HeldLease<S> {
                 Ok(())
             }
             Err(error) => {
-                match error {
-                    LeaseError::Lost { .. } => self.lost.cancel(),
+                match &error {
+                    LeaseError::Lost { shard, owner } => {
+                        // After a write that lets go, another's lease is as it should be.
+                        let letting_go = self.letting_go.load(Ordering::Acquire);
+                        if !letting_go && !self.lost.is_cancelled() {
+                            let owner = owner.as_deref().unwrap_or("nobody");
+                            tracing::warn!(
+                                %shard, owner,
+                                "lease lost: delivery of the shard stops here, and what was handled since \
+                                 the last checkpoint comes again to its new owner"
+                            );
+                        }
+                        self.lost.cancel();
+                    }
                     LeaseError::Gone { .. } => {
                         self.gone.store(true, Ordering::Release);
                         self.lost.cancel();
@@ -274,12 +295,7 @@ impl<S: LeaseStore> HeldLease<S> {
                     }
                     backoff.reset();
                 }
-                Ok(Err(LeaseError::Lost { .. })) if self.let_go.load(Ordering::Acquire) => return,
-                Ok(Err(LeaseError::Lost { shard, owner })) => {
-                    let owner = owner.as_deref().unwrap_or("nobody");
-                    tracing::warn!(%shard, owner, "lease lost: delivery of the shard stops here");
-                    return;
-                }
+                Ok(Err(LeaseError::Lost { .. })) => return,
                 Ok(Err(error @ LeaseError::Gone { .. })) => {
                     tracing::warn!("{error}: delivery of the shard stops here");
                     return;

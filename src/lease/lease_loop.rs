@@ -243,7 +243,8 @@ impl<S: LeaseStore> LeaseLoop<S> {
         let actions = self.with_planner(|snapshot, observed, planner| {
             plan::plan(snapshot, observed, planner, now)
         });
-        let ring = actions.iter().any(|action| matches!(action, Action::Free(_) | Action::Ring));
+        let mut ring =
+            actions.iter().any(|action| matches!(action, Action::Free(_) | Action::Ring));
 
         let results: Vec<(Action, Instant, Result<Option<Lease>, LeaseError>)> =
             stream::iter(actions)
@@ -264,6 +265,11 @@ impl<S: LeaseStore> LeaseLoop<S> {
                 (action, Ok(Some(lease))) => {
                     let row = self.snapshot.iter_mut().find(|row| row.shard == lease.shard);
                     row.into_iter().for_each(|row| *row = lease.clone());
+                    // It may be one too many, and there are workers without any that do not know of it.
+                    let from_dead = |was: &Lease| {
+                        was.owner.as_ref().is_some_and(|owner| *owner != self.settings.worker)
+                    };
+                    ring |= matches!(&action, Action::Take(was) if from_dead(was));
                     match action {
                         Action::Take(_) | Action::Force(_) => {
                             // The reader that was overruled may go on until its lease would have run out.
@@ -318,7 +324,8 @@ impl<S: LeaseStore> LeaseLoop<S> {
 
     /// A maximum that is too low for the fleet leaves shards unread: that must not go unseen.
     fn tell_unread(&mut self, now: Instant) {
-        let unread = plan::left_unread(&self.snapshot, &self.observed, now);
+        let unread =
+            plan::left_unread(&self.snapshot, &self.observed, self.settings.lease_duration, now);
         match unread.first() {
             Some(first) if !self.told_unread => tracing::warn!(
                 shards = unread.len(), first = %first.shard,
@@ -486,6 +493,30 @@ mod tests {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
         assert_eq!(asker.look(None).await.expect("a look").taken.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p1_who_takes_the_lease_of_a_dead_worker_rings_for_those_that_have_none() {
+        let table = MemoryTable::default();
+        for (shard, worker) in [("1", "me"), ("2", "dead")] {
+            let shard = Shard {
+                id: shard.into(),
+                parents: Vec::new(),
+                hash_key_range: None,
+                closed: false,
+                begins: None,
+            };
+            let mut lease = Lease::new(&shard, Checkpoint::TrimHorizon, None);
+            table.create(&lease).await.expect("a lease");
+            let take = Change::Take { worker: worker.into(), at: Timestamp::UNIX_EPOCH };
+            table.update(&mut lease, &take).await.expect("taken");
+        }
+        let mut me = LeaseLoop::new(table.clone(), settings("me"));
+        assert_eq!(me.look(None).await.expect("a look").taken.len(), 1);
+        assert_eq!(table.rows()[0].bell, 0);
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        assert_eq!(me.look(None).await.expect("a look").taken.len(), 1);
+        assert_eq!(table.rows()[0].bell, 1);
     }
 
     #[tokio::test(start_paused = true)]

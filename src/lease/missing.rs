@@ -1,6 +1,9 @@
 //! Which leases ought to exist.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use jiff::Timestamp;
 
@@ -35,6 +38,16 @@ impl InitialPosition {
             Self::Latest => Checkpoint::Latest,
             Self::TrimHorizon => Checkpoint::TrimHorizon,
             Self::At(_) => Checkpoint::AtTimestamp,
+        }
+    }
+}
+
+impl fmt::Display for InitialPosition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Latest => f.write_str("latest"),
+            Self::TrimHorizon => f.write_str("trim-horizon"),
+            Self::At(at) => write!(f, "{at}"),
         }
     }
 }

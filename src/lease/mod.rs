@@ -14,6 +14,7 @@ mod missing;
 pub mod overview;
 pub mod plan;
 pub mod reset;
+pub mod stored;
 
 use std::collections::BTreeSet;
 

@@ -394,18 +394,19 @@ fn is_done_with(lease: &Lease, snapshot: &[Lease]) -> bool {
         && !snapshot.iter().any(|other| lease.parents.contains(&other.shard))
 }
 
-/// The leases that could be read and have been free for longer than any living worker leaves them: every
-/// worker has as many as it takes.
+/// The leases that could be read and have been free, or those of a dead worker, for longer than any living
+/// worker leaves them: every worker has as many as it takes.
 pub fn left_unread<'a>(
     snapshot: &'a [Lease],
     observed: &Observations,
+    lease_duration: Duration,
     now: Instant,
 ) -> Vec<&'a Lease> {
-    startable(snapshot)
-        .into_iter()
-        .filter(|lease| lease.owner.is_none())
-        .filter(|lease| observed.unmoved_for(&lease.shard, now) > UNREAD_AFTER)
-        .collect()
+    let is_left = |lease: &&Lease| {
+        let runs = if lease.owner.is_some() { lease_duration } else { Duration::ZERO };
+        observed.unmoved_for(&lease.shard, now) > runs + UNREAD_AFTER
+    };
+    startable(snapshot).into_iter().filter(is_left).collect()
 }
 
 /// Whether some unfinished shard has, as far as this worker can tell, nobody who reads it: its lease is
@@ -805,10 +806,14 @@ mod tests {
         let mut me = Me::new();
         let table = owned(&["a", "", "me"]);
         me.plans(&table);
-        assert!(left_unread(&table, &me.observed, me.now).is_empty());
-        let later = me.now + UNREAD_AFTER + Duration::from_millis(1);
-        let unread = left_unread(&table, &me.observed, later);
-        assert_eq!(unread.iter().map(|lease| lease.shard.as_str()).collect::<Vec<_>>(), ["1"]);
+        let unread = |after: Duration| {
+            let now = me.now + after + Duration::from_millis(1);
+            let unread = left_unread(&table, &me.observed, DURATION, now);
+            unread.iter().map(|lease| lease.shard.as_str()).collect::<Vec<_>>()
+        };
+        assert_eq!(unread(Duration::ZERO), [""; 0]);
+        assert_eq!(unread(UNREAD_AFTER), ["1"]);
+        assert_eq!(unread(DURATION + UNREAD_AFTER), ["0", "1", "2"], "those of the dead too");
     }
 
     #[test]

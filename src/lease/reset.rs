@@ -11,7 +11,7 @@ use super::{
     Change, Lease, LeaseError, LeaseStore, missing::ancestors, plan::bell_row, whole_millis,
 };
 use crate::{
-    checkpoint::{Checkpoint, Position},
+    checkpoint::{Checkpoint, Move, Position, Saved},
     shard::{SequenceNumber, Shard, ShardId},
 };
 
@@ -107,9 +107,13 @@ pub enum ResetError {
 ///   unless they have leases too.
 /// - From `latest`, what is finished stays so.
 /// - Leases of shards that the stream does not list any more stay as they are.
+///
+/// `saved` is what documents have of shards, where each has its own: a lease that is made again goes on
+/// with the counter there, or its document would refuse the new owner.
 pub fn plan_reset(
     listed: &[Shard],
     leases: &[Lease],
+    saved: &BTreeMap<ShardId, Saved>,
     only: &BTreeSet<ShardId>,
     to: &ResetTo,
     now: Timestamp,
@@ -153,7 +157,8 @@ pub fn plan_reset(
             }
             None if is_latest && shard.closed => continue,
             None if only.is_empty() || forgotten.contains(&shard.id) => {
-                Lease::new(shard, checkpoint, start_at)
+                let counter = saved.get(&shard.id).map_or(0, |saved| saved.lease_counter);
+                Lease { counter, ..Lease::new(shard, checkpoint, start_at) }
             }
             None if named => return Err(ResetError::NoLease { shard: shard.id.clone() }),
             None => continue,
@@ -165,6 +170,16 @@ pub fn plan_reset(
         a.cmp(b).then_with(|| one.wanted.shard.cmp(&other.wanted.shard))
     });
     Ok(rewrites.into_iter().map(|(_, rewrite)| rewrite).collect())
+}
+
+/// The same for the documents that keep the checkpoints.
+pub fn moves(rewrites: &[Rewrite]) -> Vec<Move> {
+    let of_shard = |Rewrite { wanted, .. }: &Rewrite| Move {
+        shard: wanted.shard.clone(),
+        checkpoint: wanted.checkpoint.clone(),
+        start_at: wanted.start_at,
+    };
+    rewrites.iter().map(of_shard).collect()
 }
 
 /// The leases that a release of the shards `only` frees, or of all if that is empty.
@@ -300,7 +315,7 @@ mod tests {
     }
 
     fn planned(leases: &[Lease], ids: &[&str], to: &ResetTo) -> Result<Vec<String>, ResetError> {
-        let rewrites = plan_reset(&resharded(), leases, &only(ids), to, now())?;
+        let rewrites = plan_reset(&resharded(), leases, &BTreeMap::new(), &only(ids), to, now())?;
         Ok(rewrites
             .into_iter()
             .map(|rewrite| {
@@ -370,7 +385,7 @@ mod tests {
         assert_eq!(planned(&[], &[], &to).expect("a plan"), ["+1 LATEST", "+4 LATEST"]);
         let unread = leases(&[("0", "3"), ("1", "TRIM_HORIZON")]);
         assert_eq!(planned(&unread, &["0"], &to).expect("a plan"), ["0 LATEST"]);
-        let rewrites = plan_reset(&resharded(), &all, &only(&["1"]), &to, now());
+        let rewrites = plan_reset(&resharded(), &all, &BTreeMap::new(), &only(&["1"]), &to, now());
         assert_eq!(rewrites.expect("a plan")[0].wanted.start_at, Some(now()));
     }
 
@@ -417,7 +432,8 @@ mod tests {
         store.create(&lease).await.expect("a lease");
         let seen = vec![lease];
         let to = ResetTo::TrimHorizon;
-        let rewrites = plan_reset(&resharded(), &seen, &only(&["1"]), &to, now()).expect("a plan");
+        let rewrites = plan_reset(&resharded(), &seen, &BTreeMap::new(), &only(&["1"]), &to, now());
+        let rewrites = rewrites.expect("a plan");
         let take = Change::Take { worker: "w".into(), at: Timestamp::UNIX_EPOCH };
         store.update(&mut seen[0].clone(), &take).await.expect("taken");
         let refused = write_reset(&store, &seen, &rewrites, false).await;

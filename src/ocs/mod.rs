@@ -18,6 +18,7 @@
 //! What is not known (types, codes, fields at the end) is kept. What is missing or not what it must be
 //! is an [`OcsError`] for that line alone. Numbers and codes may be padded with spaces.
 
+mod archive_line;
 mod batch;
 mod car;
 mod clock;
@@ -32,6 +33,7 @@ mod schema;
 mod sequence;
 mod service_day;
 
+pub use archive_line::ArchiveLine;
 pub use batch::{BATCH_EVENT_TYPE, BatchMessage, is_raw_message_batch};
 pub use car::{Car, Cars};
 pub(crate) use event::EventMiddle;

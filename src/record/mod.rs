@@ -61,7 +61,9 @@ pub struct Undecodable {
     pub partition_key: String,
     /// Why it is none, for people.
     pub reason: String,
-    /// Its bytes as they came.
+    /// Its bytes as they came. For a message of a batch event, the event with that message alone: as a
+    /// record of its own it is what it was. (If the event has more than 4 KiB beside its messages, the
+    /// message's bytes.)
     pub data: Bytes,
 }
 

@@ -269,8 +269,24 @@ fn p9_one_bad_message_of_a_batch_leaves_its_neighbours_alone() {
     );
     assert_eq!(undecodable.len(), 1);
     assert_eq!(undecodable[0].sub_sequence_number, Some(1));
-    assert!(undecodable[0].data.starts_with(b"{\"id\":"));
+    // As a record of its own it is what it was in the batch, with its id.
+    let mut alone: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    alone["data"]["messages"] = serde_json::json!([alone["data"]["messages"][1]]);
+    let kept: serde_json::Value = serde_json::from_slice(&undecodable[0].data).expect("JSON");
+    assert_eq!(kept, alone);
+    let again = dead_letter(undecodable[0].data.clone());
+    assert_eq!(again.data, undecodable[0].data);
+    let (whole, _) = unpacked(batch(&[b"1", b"2", b"3"]));
+    let repaired = kept.to_string().replace(r#""time":"#, r#""raw":"2","time":"#);
+    let (repaired, _) = unpacked(repaired);
+    assert_eq!((repaired[0].raw(), repaired[0].id()), ("2", whole[1].id()));
     assert!(undecodable[0].reason.contains("missing field `raw`"), "{}", undecodable[0].reason);
+
+    // A frame that is too long is not copied for each bad message.
+    let long = json.replacen('{', &format!("{{\"more\":\"{}\",", "x".repeat(5000)), 1);
+    let (messages, undecodable) = unpacked(long);
+    assert_eq!((messages.len(), undecodable.len()), (2, 1));
+    assert!(undecodable[0].data.starts_with(b"{\"id\":"));
 
     let none = batch(&[b"1"]).replace("\"raw\"", "\"row\"");
     let letter = dead_letter(none.clone());

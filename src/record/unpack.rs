@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use bytes::Bytes;
 use serde::Deserialize;
 
 use super::{
@@ -19,6 +20,8 @@ pub(super) const UNPACKED_LIMIT_BYTES: usize =
     if cfg!(test) { 4 * 1024 * 1024 } else { 64 * 1024 * 1024 };
 /// So many parts of a record are told one by one.
 pub(super) const UNDECODABLE_LIMIT: usize = 1000;
+/// What a batch event may have beside its messages, to be kept with each of them that is bad.
+const BATCH_FRAME_LIMIT_BYTES: usize = 4 * 1024;
 /// What is said of a part that cannot be decoded; it may quote the part.
 const REASON_LIMIT_BYTES: usize = 400;
 
@@ -242,7 +245,7 @@ impl Unpacking<'_> {
             let before = self.mark();
             if let Err(reason) = self.payload(user_record) {
                 self.roll_back(before);
-                self.give_up(user_record, reason);
+                self.give_up(user_record.undecodable(reason));
             }
         }
     }
@@ -270,7 +273,10 @@ impl Unpacking<'_> {
         let text = str::from_utf8(part.bytes()).map_err(|error| format!("not UTF-8: {error}"))?;
         let text = json::trim(text);
         if text.starts_with('[') {
-            self.each(part, text, "an array", |this, event, parsed| this.event(part, event, parsed))
+            let alone = |_: &str| None;
+            self.each(part, text, "an array", alone, |this, event, parsed| {
+                this.event(part, event, parsed)
+            })
         } else {
             self.event(part, text, serde_json::from_str(text))
         }
@@ -278,11 +284,14 @@ impl Unpacking<'_> {
 
     /// Takes an array apart. A bad element does not spoil the others, but a large array of something else
     /// is one thing to look at, not a hundred thousand.
+    ///
+    /// `alone` gives what a bad element would be as a record of its own, if not just its bytes.
     fn each<'t, T: Deserialize<'t>>(
         &mut self,
         part: Part<'_>,
         array: &'t str,
         what: &str,
+        alone: impl Fn(&'t str) -> Option<Bytes>,
         mut element: impl FnMut(&mut Self, &'t str, serde_json::Result<T>) -> Result<(), String>,
     ) -> Result<(), String> {
         let start = self.mark();
@@ -290,7 +299,12 @@ impl Unpacking<'_> {
             let before = self.mark();
             if let Err(reason) = element(self, text, parsed) {
                 self.roll_back(before);
-                self.give_up(Part { span: part.origin.span(text.as_bytes()), ..part }, reason);
+                let bad = Part { span: part.origin.span(text.as_bytes()), ..part };
+                let mut bad = bad.undecodable(reason);
+                if let Some(data) = alone(text) {
+                    bad.data = data;
+                }
+                self.give_up(bad);
             }
         })?;
         if self.messages.len() > start.messages {
@@ -336,7 +350,8 @@ impl Unpacking<'_> {
         ));
         let source = part.origin.keep(event.source.0);
         let messages = data.messages.ok_or("data.messages is missing")?.get();
-        self.each(part, messages, "a batch", |this, _, parsed| {
+        let alone = |message: &str| batch_of_one(text, messages, message);
+        self.each(part, messages, "a batch", alone, |this, _, parsed| {
             let Object(message) =
                 parsed.map_err(|error| format!("not a message of a batch: {error}"))?;
             this.message(part, EventJson::OfBatch(shared.clone()), source.clone(), message)
@@ -374,13 +389,13 @@ impl Unpacking<'_> {
         Ok(())
     }
 
-    fn give_up(&mut self, part: Part<'_>, reason: String) {
+    fn give_up(&mut self, bad: Undecodable) {
         if self.undecodable.len() - self.had_undecodable < UNDECODABLE_LIMIT {
             let sub_sequence_number = Some(self.next);
-            self.undecodable.push(Undecodable { sub_sequence_number, ..part.undecodable(reason) });
+            self.undecodable.push(Undecodable { sub_sequence_number, ..bad });
         } else {
             self.untold.parts += 1;
-            self.untold.last_user_record = part.user_record;
+            self.untold.last_user_record = bad.user_record;
         }
         self.next += 1;
     }
@@ -412,6 +427,19 @@ impl Unpacking<'_> {
         let finished = new.partition_point(|part| is_finished(part.user_record));
         self.undecodable.drain(self.had_undecodable..self.had_undecodable + finished);
     }
+}
+
+/// A batch event with one of its messages alone: as a record of its own, that has the message's id and what
+/// the messages share, byte for byte. `None` if the rest of the event is too long to be copied for each
+/// message.
+fn batch_of_one(event: &str, messages: &str, message: &str) -> Option<Bytes> {
+    let start = (messages.as_ptr() as usize).checked_sub(event.as_ptr() as usize)?;
+    let (before, rest) = event.split_at_checked(start)?;
+    let after = rest.get(messages.len()..)?;
+    if before.len() + after.len() > BATCH_FRAME_LIMIT_BYTES {
+        return None;
+    }
+    Some([before, "[", message, "]", after].concat().into())
 }
 
 /// Says what is wrong with an event: its type if it is another kind of event, else what is missing.

@@ -25,7 +25,7 @@ pub(crate) use streams::Streams;
 use crate::{
     aws::{AwsError, AwsErrorKind},
     record::Record,
-    shard::{ChildShard, SequenceNumber, ShardId},
+    shard::{ChildShard, SequenceNumber, Shard, ShardId},
 };
 
 /// How records are fetched.
@@ -342,6 +342,11 @@ impl SourceError {
         matches!(self, Self::Stream { source, .. } if source.kind() == AwsErrorKind::Throttled)
     }
 
+    /// Whether no waiting helps, also where reading worked before: the stream was deleted.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, Self::NoStream { .. })
+    }
+
     /// Whether reading may succeed later without anyone doing anything.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
@@ -383,6 +388,14 @@ fn children(parent: &ShardId, named: &[aws_sdk_kinesis::types::ChildShard]) -> V
             parents: child.parent_shards.iter().map(|name| parent.sibling(name)).collect(),
             hash_key_range: child.hash_key_range.as_ref().and_then(stream::hash_key_range),
         })
+        .collect()
+}
+
+/// The listed shards that follow a shard.
+pub(crate) fn followers(listed: Vec<Shard>, shard: &ShardId) -> Vec<ChildShard> {
+    let followers = listed.into_iter().filter(|other| other.parents.contains(shard));
+    followers
+        .map(|Shard { id, parents, hash_key_range, .. }| ChildShard { id, parents, hash_key_range })
         .collect()
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use aws_sdk_kinesis::types::ShardIteratorType;
 use tokio::time::{Instant, sleep_until};
 
-use super::{Linked, Place, Read, Stream, children, record};
+use super::{Linked, Place, Read, Stream, children, followers, record};
 use crate::{
     aws::{self, AwsError, AwsErrorKind},
     shard::{ChildShard, ShardId},
@@ -109,16 +109,7 @@ impl ShardIterator {
             );
             return Ok(None);
         }
-        let children = listed
-            .into_iter()
-            .filter(|shard| shard.parents.contains(&self.shard))
-            .map(|shard| ChildShard {
-                id: shard.id,
-                parents: shard.parents,
-                hash_key_range: shard.hash_key_range,
-            })
-            .collect();
-        Ok(Some(children))
+        Ok(Some(followers(listed, &self.shard)))
     }
 }
 

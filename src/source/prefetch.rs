@@ -84,8 +84,12 @@ async fn run(
     loop {
         let read = match reader.read().await {
             Ok(read) => read,
-            // What never worked is a mistake in the set-up. What worked once may work again.
-            Err(error) if !reader.stream.was_read(false) && !error.is_transient() => {
+            // What never worked is a mistake in the set-up. What worked once may work again, unless the
+            // stream was deleted.
+            Err(error)
+                if error.is_final()
+                    || (!reader.stream.was_read(false) && !error.is_transient()) =>
+            {
                 let _ = sender.send(Err(error));
                 return;
             }

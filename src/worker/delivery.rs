@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     panic::AssertUnwindSafe,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,7 +17,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Counters, Settings, WorkerError,
+    Settings, WorkerError,
+    observe::ShardMeter,
     shard_task::Interrupt,
     watchdog::{Activity, Step},
 };
@@ -39,7 +40,7 @@ pub(super) struct Delivery<H, S> {
     held: Arc<HeldLease<S>>,
     stop: CancellationToken,
     activity: Arc<Activity>,
-    counters: Arc<Counters>,
+    meter: Arc<ShardMeter>,
     settings: Settings,
     letters: Arc<DeadLetterStore>,
     tracker: Tracker,
@@ -55,6 +56,8 @@ pub(super) struct Delivery<H, S> {
     used_to: u64,
     failure_rate: FailureRate,
     pub checkpoint_wanted: bool,
+    /// Whether the handler has finished messages of a position that is not finished.
+    within_position: bool,
 }
 
 struct Unacked {
@@ -79,7 +82,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
         held: Arc<HeldLease<S>>,
         stop: CancellationToken,
         activity: Arc<Activity>,
-        counters: Arc<Counters>,
+        meter: Arc<ShardMeter>,
         settings: Settings,
         letters: Arc<DeadLetterStore>,
     ) -> Self {
@@ -93,7 +96,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             held,
             stop,
             activity,
-            counters,
+            meter,
             settings,
             letters,
             answers,
@@ -103,12 +106,19 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             refused_early: BTreeSet::new(),
             used_to: 0,
             checkpoint_wanted: false,
+            within_position: false,
         }
     }
 
     /// The position up to which everything is finished, if something was.
     pub(super) fn finished(&self) -> Option<&Position> {
         self.tracker.checkpoint()
+    }
+
+    /// Whether the handler has finished nothing beyond what [`finished`](Self::finished) says, so that its
+    /// state is that of this position.
+    pub(super) fn is_at_position(&self) -> bool {
+        self.unacked.is_empty() && !self.within_position
     }
 
     /// How many messages the handler has taken and not acknowledged.
@@ -174,7 +184,11 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             for (serial, message) in (first..).zip(&group.messages) {
                 let batch = self.batch(vec![message.clone()], serial, behind);
                 match self.offer(&batch).await? {
-                    Ok(()) => finished.push(!batch.acks.are_taken()),
+                    Ok(()) => {
+                        finished.push(!batch.acks.are_taken());
+                        // Until the whole position is, below.
+                        self.within_position = true;
+                    }
                     Err(failure) => {
                         self.give_up(&batch.messages, &failure).await?;
                         finished.push(true);
@@ -187,6 +201,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             } else {
                 self.finish(&group.messages);
             }
+            self.within_position = false;
         }
         Ok(())
     }
@@ -241,8 +256,8 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
     }
 
     fn count(&self, messages: usize) {
-        self.counters.messages.fetch_add(messages as u64, Ordering::Relaxed);
-        self.counters.note_activity();
+        self.meter.count(|counts| &counts.messages, messages as u64);
+        self.meter.note_activity();
     }
 
     /// Takes note of an acknowledgement. A message that failed is offered again, alone.
@@ -283,7 +298,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
         self.unacked.remove(&serial);
         self.tracker.finish(serial);
         self.activity.got_on();
-        self.counters.note_activity();
+        self.meter.note_activity();
         Ok(())
     }
 
@@ -311,7 +326,10 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
             }
             attempts += 1;
             self.activity.enter(Step::Handles);
-            let cause = match self.offer_once(batch).await {
+            let began = Instant::now();
+            let offered = self.offer_once(batch).await;
+            self.meter.note_attempt(began.elapsed());
+            let cause = match offered {
                 Ok(()) => {
                     self.checkpoint_wanted |= batch.is_checkpoint_wanted();
                     self.failure_rate.note(batch.len() as u64, 0, Instant::now());
@@ -320,7 +338,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 }
                 Err(cause) => cause,
             };
-            self.counters.failed_attempts.fetch_add(1, Ordering::Relaxed);
+            self.meter.count(|counts| &counts.failed_attempts, 1);
             self.take_back(batch);
             let failure = Failure { attempts, cause };
             if self.stop.is_cancelled() {
@@ -429,7 +447,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 reason: failure.cause.to_string(),
             })),
             OnFailure::Skip => {
-                self.counters.skipped.fetch_add(count, Ordering::Relaxed);
+                self.meter.count(|counts| &counts.skipped, count);
                 tracing::error!(
                     sequence_number = number,
                     messages = count,
@@ -480,7 +498,7 @@ impl<H: Handler, S: LeaseStore> Delivery<H, S> {
                 return Err(Interrupt::Stopped);
             }
         }
-        self.counters.dead_letters.fetch_add(letters.len() as u64, Ordering::Relaxed);
+        self.meter.count(|counts| &counts.dead_letters, letters.len() as u64);
         Ok(())
     }
 

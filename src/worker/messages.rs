@@ -13,7 +13,7 @@ use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 
-use super::{Report, WorkerBuilder, WorkerError};
+use super::{Observer, Report, WorkerBuilder, WorkerError};
 use crate::{
     handler::{Ack, Batch, Handler},
     record::Message,
@@ -52,9 +52,11 @@ impl WorkerBuilder<()> {
             .handler(move |_: &ShardId| HandOn(to.clone()))
             .build()
             .await?;
+        let observer = worker.observer();
         let stop = CancellationToken::new();
         let running = tokio::spawn(worker.run(stop.clone().cancelled_owned()));
-        Ok(Messages { from_worker, running: Some(running), _stop: stop.clone().drop_guard(), stop })
+        let _stop = stop.clone().drop_guard();
+        Ok(Messages { from_worker, running: Some(running), observer, _stop, stop })
     }
 
     /// Starts the worker, to be polled for messages.
@@ -143,11 +145,17 @@ impl Deref for Received {
 pub struct Messages {
     from_worker: mpsc::Receiver<Received>,
     running: Option<JoinHandle<Result<Report, WorkerError>>>,
+    observer: Observer,
     stop: CancellationToken,
     _stop: tokio_util::sync::DropGuard,
 }
 
 impl Messages {
+    /// Tells how the worker is doing.
+    pub fn observer(&self) -> Observer {
+        self.observer.clone()
+    }
+
     /// Stops the worker cleanly: no new messages are read. Those that were are still given out, and
     /// their acknowledgements waited for within the shutdown limit.
     pub fn stop(&self) {

@@ -8,6 +8,8 @@
 
 mod delivery;
 mod messages;
+mod observe;
+mod reset;
 mod settings;
 mod shard_task;
 mod signal;
@@ -17,10 +19,7 @@ use std::{
     any::Any,
     collections::BTreeMap,
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -33,6 +32,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 pub use messages::{Messages, Poller, Received};
+#[cfg(all(test, feature = "cli"))]
+pub(crate) use observe::status_of;
+pub use observe::{LeaseMoves, Observer, ShardStatus, WorkerStatus};
 pub use settings::{Load, MaxCheckpointAge, StartPosition, WorkerBuilder};
 pub use signal::shutdown_signal;
 pub use watchdog::OnStuck;
@@ -42,11 +44,12 @@ use crate::{
     handler::{DeadLetterError, DeadLetterStore, Handler},
     lease::{
         self, Change, HeldLease, InitialPosition, LeaseError, LeaseLoop, LeaseStore, Looked,
-        MemoryTable, dynamodb::LeaseTable,
+        MemoryTable, dynamodb::LeaseTable, reset::ResetError,
     },
     shard::ShardId,
     source::{SourceError, Streams},
 };
+use observe::{Observed, ShardMeter};
 use settings::Settings;
 use shard_task::{Outcome, ShardTask};
 use watchdog::{Activity, Finding, Step, Watched};
@@ -70,6 +73,7 @@ pub struct Worker<F> {
     state: Option<Arc<StateStore>>,
     letters: Arc<DeadLetterStore>,
     settings: Settings,
+    observed: Arc<Observed>,
     make_handler: F,
 }
 
@@ -105,6 +109,20 @@ pub enum WorkerError {
     /// The lease table cannot be used.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// The start position cannot be applied anew, because a worker reads a shard.
+    #[error(
+        "not reset: shard {shard} is read by {worker}; stop every worker of the application, start one \
+         with the reset, and then the others without it"
+    )]
+    ResetRefused {
+        /// The shard.
+        shard: ShardId,
+        /// The worker.
+        worker: String,
+    },
+    /// The start position cannot be applied anew.
+    #[error(transparent)]
+    Reset(#[from] ResetError),
     /// The start position is a time that has not come.
     #[error(
         "the start position {start} is in the future; choose a time that has passed, or latest"
@@ -226,62 +244,6 @@ pub enum WorkerError {
     },
 }
 
-/// Counts that the tasks of a worker share.
-#[derive(Debug)]
-struct Counters {
-    records: AtomicU64,
-    messages: AtomicU64,
-    undecodable: AtomicU64,
-    failed_attempts: AtomicU64,
-    dead_letters: AtomicU64,
-    skipped: AtomicU64,
-    stuck: AtomicU64,
-    misplaced: AtomicU64,
-    started: Instant,
-    /// When the last record was read or handled, in milliseconds after `started`.
-    active_millis: AtomicU64,
-}
-
-impl Counters {
-    fn new() -> Self {
-        Self {
-            records: AtomicU64::new(0),
-            messages: AtomicU64::new(0),
-            undecodable: AtomicU64::new(0),
-            failed_attempts: AtomicU64::new(0),
-            dead_letters: AtomicU64::new(0),
-            skipped: AtomicU64::new(0),
-            stuck: AtomicU64::new(0),
-            misplaced: AtomicU64::new(0),
-            started: Instant::now(),
-            active_millis: AtomicU64::new(0),
-        }
-    }
-
-    fn note_activity(&self) {
-        let millis = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.active_millis.fetch_max(millis, Ordering::Relaxed);
-    }
-
-    fn quiet_for(&self) -> Duration {
-        let active = Duration::from_millis(self.active_millis.load(Ordering::Relaxed));
-        self.started.elapsed().saturating_sub(active)
-    }
-
-    fn report(&self) -> Report {
-        Report {
-            records: self.records.load(Ordering::Relaxed),
-            messages: self.messages.load(Ordering::Relaxed),
-            undecodable: self.undecodable.load(Ordering::Relaxed),
-            failed_attempts: self.failed_attempts.load(Ordering::Relaxed),
-            dead_letters: self.dead_letters.load(Ordering::Relaxed),
-            skipped: self.skipped.load(Ordering::Relaxed),
-            stuck: self.stuck.load(Ordering::Relaxed),
-            misplaced: self.misplaced.load(Ordering::Relaxed),
-        }
-    }
-}
-
 impl WorkerError {
     /// Whether it stops a shard and not the worker.
     fn is_of_one_shard(&self) -> bool {
@@ -291,7 +253,7 @@ impl WorkerError {
     /// Whether no waiting helps: the lease table or the stream was deleted, or made again.
     fn is_final(&self) -> bool {
         match self {
-            Self::Source(error) => matches!(error, SourceError::NoStream { .. }),
+            Self::Source(error) => error.is_final(),
             Self::Lease(
                 LeaseError::Outlived { .. }
                 | LeaseError::NoTable { .. }
@@ -338,6 +300,11 @@ where
     F: Fn(&ShardId) -> H,
     H: Handler,
 {
+    /// Tells how the worker is doing while it runs.
+    pub fn observer(&self) -> Observer {
+        Observer(self.observed.clone())
+    }
+
     /// Reads until `shutdown` completes, then stops cleanly: running batches finish, last checkpoints
     /// are written, leases are given up (P6).
     pub async fn run(
@@ -356,7 +323,7 @@ where
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<Report, WorkerError> {
         let mut shutdown = pin!(shutdown);
-        let counters = Arc::new(Counters::new());
+        self.observed.note_start();
         let mut running = Running {
             initial: self.settings.start.at(Timestamp::now()),
             stop: CancellationToken::new(),
@@ -376,7 +343,6 @@ where
             ),
             discover_at: None,
             failing: false,
-            counters: counters.clone(),
             worker: self,
         };
         let idle_limit = self.settings.stop_when_idle;
@@ -429,8 +395,9 @@ where
                 }
             }
         };
+        self.observed.note_stop();
         let stopped = running.stop().await;
-        let report = counters.report();
+        let report = self.observed.report();
         tracing::info!(
             streams = self.streams.names(),
             records = report.records,
@@ -451,6 +418,7 @@ struct RunningShard<S> {
     id: ShardId,
     held: Arc<HeldLease<S>>,
     activity: Arc<Activity>,
+    meter: Arc<ShardMeter>,
     watched: Watched,
     task: AbortHandle,
 }
@@ -467,7 +435,6 @@ struct Running<'a, F, S> {
     discover_at: Option<Instant>,
     /// Whether the last look failed, so that an outage is told once.
     failing: bool,
-    counters: Arc<Counters>,
 }
 
 type Joined = Result<(tokio::task::Id, Outcome), tokio::task::JoinError>;
@@ -491,6 +458,7 @@ where
         let (again_at, error) = match self.try_look().instrument(span).await {
             Ok((looked, error)) => {
                 for held in looked.taken {
+                    self.worker.observed.moves.taken.fetch_add(1, Ordering::Relaxed);
                     let shard = held.lease().await.shard;
                     self.start(shard, held, Arc::new(Activity::new()), Watched::default());
                 }
@@ -511,6 +479,7 @@ where
             _ => {}
         }
         self.failing = error.is_some();
+        self.worker.observed.note_look(error.as_ref().map(ToString::to_string));
         Ok(again_at)
     }
 
@@ -558,22 +527,29 @@ where
             tracing::error!(shard = %id, "lease of a stream that is not read here: left to run out");
             return held.give_up();
         };
+        let meter = self.worker.observed.begin(
+            stream.name().to_owned(),
+            id.clone(),
+            held.clone(),
+            activity.clone(),
+        );
         let shard_task = ShardTask {
             stream: stream.clone(),
             held: held.clone(),
             activity: activity.clone(),
             initial: self.initial,
             stop: self.stop.clone(),
-            counters: self.counters.clone(),
+            meter: meter.clone(),
             settings: self.worker.settings.clone(),
             letters: self.worker.letters.clone(),
             state: self.worker.state.clone(),
         };
-        self.counters.note_activity();
+        self.worker.observed.note_activity();
         activity.enter(Step::Opens);
         watched.started();
         let task = self.tasks.spawn(shard_task.run((self.worker.make_handler)(&id)));
-        self.shards.insert(task.id(), RunningShard { id, held, activity, watched, task });
+        let shard = RunningShard { id, held, activity, meter, watched, task };
+        self.shards.insert(shard.task.id(), shard);
     }
 
     /// Takes note of a task that is over. Tells whether to look at the table at once.
@@ -583,6 +559,7 @@ where
             Err(error) => error.id(),
         };
         let Some(shard) = self.shards.remove(&id) else { return Ok(false) };
+        self.worker.observed.end(&shard.id);
         let outcome = match done {
             Ok((_, outcome)) => outcome,
             Err(error) if error.is_cancelled() => return Ok(self.dropped(shard)),
@@ -594,6 +571,16 @@ where
                 },
             }),
         };
+        let moves = &self.worker.observed.moves;
+        let gone = match outcome {
+            Outcome::Ended => &moves.finished,
+            Outcome::Lost => &moves.lost,
+            Outcome::HandedOver => &moves.handed_over,
+            Outcome::Stopped | Outcome::GivenUp | Outcome::WindowEnd | Outcome::Failed(_) => {
+                &moves.released
+            }
+        };
+        gone.fetch_add(1, Ordering::Relaxed);
         match outcome {
             Outcome::GivenUp => self.leases.give_up(&shard.id),
             Outcome::WindowEnd => self.leases.leave(&shard.id),
@@ -601,7 +588,7 @@ where
         }
         match outcome {
             Outcome::Ended => {
-                self.counters.note_activity();
+                self.worker.observed.note_activity();
                 self.discover_at = None;
                 Ok(true)
             }
@@ -615,7 +602,7 @@ where
     /// Goes on with a shard whose task was dropped because it did not get on. Tells whether to look at
     /// the table at once.
     fn dropped(&mut self, shard: RunningShard<S>) -> bool {
-        let RunningShard { id, held, activity, watched, .. } = shard;
+        let RunningShard { id, held, activity, meter, watched, .. } = shard;
         if !held.is_valid() || self.stop.is_cancelled() {
             self.leases.done(&id);
             return true;
@@ -628,7 +615,8 @@ where
                     Outcome::GivenUp
                 });
                 activity.enter(Step::Stops);
-                self.shards.insert(task.id(), RunningShard { id, held, activity, watched, task });
+                let shard = RunningShard { id, held, activity, meter, watched, task };
+                self.shards.insert(shard.task.id(), shard);
             }
             OnStuck::Restart | OnStuck::Report => self.start(id, held, activity, watched),
         }
@@ -645,7 +633,7 @@ where
             match shard.watched.judge(doing, *limit, now) {
                 Finding::GetsOn => {}
                 Finding::Stuck => {
-                    self.counters.stuck.fetch_add(1, Ordering::Relaxed);
+                    shard.meter.count(|counts| &counts.stuck, 1);
                     let secs = now.saturating_duration_since(doing.since).as_secs();
                     // A handler without a time limit may wait for ever, such as for its reader.
                     let handler_may = waits_for == Step::Handles && retries.time_limit.is_none();
@@ -691,7 +679,7 @@ where
         self.leases.has_looked()
             && !self.leases.unattended()
             && self.shards.values().all(|shard| is_parked(shard) || shard.held.is_caught_up())
-            && self.counters.quiet_for() >= limit
+            && self.worker.observed.quiet_for() >= limit
     }
 
     /// Whether every shard that is read here stopped because of a failure: there is nothing left to do.

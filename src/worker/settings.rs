@@ -4,11 +4,15 @@ use aws_types::SdkConfig;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::{Leases, OnStuck, Worker, WorkerError};
+use super::{
+    Leases, OnStuck, Worker, WorkerError,
+    observe::Observed,
+    reset::{reset_document, reset_table},
+};
 use crate::{
     checkpoint::{Checkpoints, StateError, StateStore, Writer},
     handler::{DeadLetters, Handler, OnFailure, Retries, Tolerance},
-    lease::{InitialPosition, Lease, MemoryTable, dynamodb::LeaseTable},
+    lease::{InitialPosition, MemoryTable, dynamodb::LeaseTable, stored},
     ocs::ServiceDay,
     shard::ShardId,
     source::{Retrieval, Streams},
@@ -126,6 +130,7 @@ pub struct WorkerBuilder<F> {
     dead_letters: DeadLetters,
     checkpoints: Checkpoints,
     no_checkpoint: bool,
+    reset: bool,
     settings: Settings,
     make_handler: F,
 }
@@ -142,6 +147,7 @@ impl WorkerBuilder<()> {
             dead_letters: DeadLetters::stderr(),
             checkpoints: Checkpoints::default(),
             no_checkpoint: false,
+            reset: false,
             settings: Settings {
                 application: String::new(),
                 retries: Retries::default(),
@@ -183,6 +189,7 @@ impl WorkerBuilder<()> {
             dead_letters: self.dead_letters,
             checkpoints: self.checkpoints,
             no_checkpoint: self.no_checkpoint,
+            reset: self.reset,
             settings: self.settings,
             make_handler,
         }
@@ -206,6 +213,21 @@ impl<F> WorkerBuilder<F> {
     /// Where shards without a checkpoint start. Default: the trim horizon.
     pub fn start(mut self, start: StartPosition) -> Self {
         self.settings.start = start;
+        self
+    }
+
+    /// Applies the start position even where there is a checkpoint: [`build`](Self::build) moves the
+    /// checkpoint of every shard there, also back, and drops the state of handlers that belonged to it. It
+    /// is the one setting that moves a checkpoint back (P3), so it is for a run that someone starts by hand:
+    /// in a service that is restarted, it would read everything again each time. What is stored is what
+    /// `tramline lease reset` stores.
+    ///
+    /// In a fleet it is for the first worker. While another one renews a lease it is refused
+    /// ([`WorkerError::ResetRefused`]) and nothing is moved; if one died, it waits until the leases have
+    /// run out. An S3 object without `{shard}` in its key is taken over, as it is without this. Changes
+    /// nothing with [`no_checkpoint`](Self::no_checkpoint).
+    pub fn reset(mut self) -> Self {
+        self.reset = true;
         self
     }
 
@@ -368,7 +390,7 @@ impl<F> WorkerBuilder<F> {
     }
 
     /// Checks that the stream can be read, registers the fan-out consumer and creates the lease table
-    /// where they are missing.
+    /// where they are missing; with [`reset`](Self::reset), moves checkpoints.
     pub async fn build<H>(self) -> Result<Worker<F>, WorkerError>
     where
         F: Fn(&ShardId) -> H,
@@ -428,18 +450,34 @@ impl<F> WorkerBuilder<F> {
         ensured?;
         let letters = Arc::new(letters?);
         let leases = match shared {
-            Some(table) => Leases::Table(table.of_streams(streams.identifiers())),
-            None => Leases::Own(own_leases(&streams, state.as_ref()).await?),
+            Some(table) => {
+                let table = table.of_streams(streams.identifiers());
+                if self.reset {
+                    let listed = streams.shards().await?;
+                    let start = settings.start.at(Timestamp::now());
+                    let duration = settings.lease_duration;
+                    reset_table(&table, state.as_ref(), &listed, start, duration).await?;
+                }
+                Leases::Table(table)
+            }
+            None => {
+                let reset_to = self.reset.then(|| settings.start.at(Timestamp::now()));
+                Leases::Own(own_leases(&streams, state.as_ref(), reset_to).await?)
+            }
         };
         let state = state.map(Arc::new);
-        Ok(Worker { streams, leases, state, letters, settings, make_handler: self.make_handler })
+        let Settings { worker_id, watchdog, lease_duration, .. } = &settings;
+        let observed = Arc::new(Observed::new(worker_id.clone(), *watchdog, *lease_duration));
+        let make_handler = self.make_handler;
+        Ok(Worker { streams, leases, state, letters, settings, observed, make_handler })
     }
 }
 
-/// Leases of the shards that are stored in a document, at the place that was reached.
+/// Leases of the stream's shards: of those that are stored in a document, at the place that was reached.
 async fn own_leases(
     streams: &Streams,
     state: Option<&StateStore>,
+    reset_to: Option<InitialPosition>,
 ) -> Result<MemoryTable, WorkerError> {
     let table = MemoryTable::default();
     let Some(state) = state else { return Ok(table) };
@@ -453,18 +491,11 @@ async fn own_leases(
         }
     };
     let listed = streams.shards().await?;
-    // What the stream does not list any more has expired.
-    for shard in &listed {
-        let Some(saved) = saved.get(&shard.id) else { continue };
-        let Some(checkpoint) = saved.checkpoint.clone() else { continue };
-        let followers = listed.iter().filter(|other| other.parents.contains(&shard.id));
-        let lease = Lease {
-            // A later owner has a higher one: the document knows its owners by it.
-            counter: saved.lease_counter,
-            children: followers.map(|child| child.id.clone()).collect(),
-            ..Lease::new(shard, checkpoint, saved.start_at)
-        };
-        table.set(&shard.id, Some(lease));
+    for lease in stored::of_document(&listed, &saved) {
+        table.set(&lease.shard.clone(), Some(lease));
+    }
+    if let Some(start) = reset_to {
+        reset_document(&table, state, &listed, start).await?;
     }
     Ok(table)
 }

@@ -1,9 +1,6 @@
 //! One shard, from taking its lease to letting go of it.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -12,8 +9,9 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::Instrument as _;
 
 use super::{
-    Counters, Settings, WorkerError,
+    Settings, WorkerError,
     delivery::Delivery,
+    observe::ShardMeter,
     watchdog::{Activity, Step},
 };
 use crate::{
@@ -27,8 +25,8 @@ use crate::{
         self, Change, HeldLease, InitialPosition, Lease, LeaseError, LeaseStore, whole_millis,
     },
     record::{ShardName, unpack},
-    shard::{ChildShard, SequenceNumber, Shard},
-    source::{Failing, Place, Prefetch, Read, ShardReader, Stream},
+    shard::{ChildShard, SequenceNumber, Shard, ShardId},
+    source::{self, Failing, Place, Prefetch, Read, ShardReader, Stream},
 };
 
 /// How often a lasting failure is told again.
@@ -40,7 +38,7 @@ pub(super) struct ShardTask<S> {
     pub activity: Arc<Activity>,
     pub initial: InitialPosition,
     pub stop: CancellationToken,
-    pub counters: Arc<Counters>,
+    pub meter: Arc<ShardMeter>,
     pub settings: Settings,
     pub letters: Arc<DeadLetterStore>,
     pub state: Option<Arc<StateStore>>,
@@ -122,7 +120,7 @@ impl<S: LeaseStore> ShardTask<S> {
             self.held.clone(),
             self.stop.clone(),
             self.activity.clone(),
-            self.counters.clone(),
+            self.meter.clone(),
             self.settings.clone(),
             self.letters.clone(),
         );
@@ -292,6 +290,7 @@ impl<S: LeaseStore> ShardTask<S> {
             }
             None => self.place(lease, progress).await?,
         };
+        self.meter.note_opened(lease.counter, &lease.checkpoint);
         tracing::debug!(%place, "reading");
         if let Some(state) = kept.and_then(|kept| kept.state).filter(|_| oldest.is_none())
             && let Err(error) = delivery.handler.restore(&state)
@@ -304,6 +303,10 @@ impl<S: LeaseStore> ShardTask<S> {
             owner_switches: lease.owner_switches_since_checkpoint,
         };
         delivery.handler.started(&tenure).await;
+        if lease.is_finished() {
+            // It is stored so, with the handler's state, and the lease table was not told.
+            return self.followers(&lease.shard).await;
+        }
         let reader = ShardReader::new(self.stream.clone(), lease.shard.clone(), place);
         let mut prefetch = {
             let held = self.held.clone();
@@ -325,6 +328,9 @@ impl<S: LeaseStore> ShardTask<S> {
                 return Ok(children);
             }
             let unstored = progress.is_behind(delivery);
+            if unstored {
+                self.meter.note_unstored();
+            }
             if unstored && std::mem::take(&mut delivery.checkpoint_wanted) {
                 self.checkpoint(delivery, progress).await?;
                 continue;
@@ -349,6 +355,29 @@ impl<S: LeaseStore> ShardTask<S> {
                     ended = prefetched.read.end.take();
                     self.handle(&mut prefetched.read, name, delivery, progress).await?;
                 }
+            }
+        }
+    }
+
+    /// The shards that follow one that was read to its end before, as the stream lists them.
+    async fn followers(&self, shard: &ShardId) -> Result<Vec<ChildShard>, Interrupt> {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
+        let mut told = false;
+        loop {
+            match self.stream.shards().await {
+                Ok(listed) => return Ok(source::followers(listed, shard)),
+                Err(error) if error.is_transient() => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!("{error}; trying again until it works");
+                    }
+                }
+                Err(error) => return Err(Interrupt::Failed(error.into())),
+            }
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(Interrupt::Stopped),
+                () = self.held.asked() => return Err(Interrupt::Asked),
+                () = tokio::time::sleep(backoff.next_wait()) => {}
             }
         }
     }
@@ -491,6 +520,7 @@ impl<S: LeaseStore> ShardTask<S> {
         self.held.set_behind(behind(read, now));
         let window_end = self.settings.until.filter(|until| cut_off(read, *until, now));
         let (mut messages, mut letters) = (Vec::new(), Vec::new());
+        let (mut records, mut bytes) = (0, 0);
         let mut read_to = None;
         for record in read.records.drain(..) {
             let (number, arrived_at) = (record.sequence_number.clone(), record.arrived_at);
@@ -502,6 +532,7 @@ impl<S: LeaseStore> ShardTask<S> {
                 }
                 _ => None,
             };
+            bytes += record.data.len() as u64;
             let mut undecodable = Vec::new();
             let unpacked = unpack(name, record, checkpoint, &mut messages, &mut undecodable);
             let Some(unpacked) = unpacked else { continue };
@@ -526,18 +557,20 @@ impl<S: LeaseStore> ShardTask<S> {
                 worker: Some(self.settings.worker_id.clone()),
                 data: part.data,
             }));
-            self.counters.records.fetch_add(1, Ordering::Relaxed);
+            records += 1;
             let sub_sequence_number = unpacked.sub_sequence_number();
             read_to = Some(Position { sequence_number: number, sub_sequence_number });
         }
         if let Some(read_to) = read_to {
-            self.counters.note_activity();
+            self.meter.note_activity();
+            self.meter.count(|counts| &counts.records, records);
+            self.meter.count_bytes(bytes);
             if !letters.is_empty() {
-                self.counters.undecodable.fetch_add(letters.len() as u64, Ordering::Relaxed);
+                self.meter.count(|counts| &counts.undecodable, letters.len() as u64);
                 delivery.store_letters(&letters).await?;
             }
             delivery.deliver(messages, read.behind, read_to).await?;
-            self.counters.note_activity();
+            self.meter.note_activity();
             if Instant::now() >= progress.next_checkpoint {
                 self.checkpoint(delivery, progress).await?;
             }
@@ -550,7 +583,7 @@ impl<S: LeaseStore> ShardTask<S> {
 
     /// Notes a KPL aggregate that was left out, and says so once for the shard.
     fn note_misplaced(&self, number: &SequenceNumber, progress: &mut Progress) {
-        self.counters.misplaced.fetch_add(1, Ordering::Relaxed);
+        self.meter.count(|counts| &counts.misplaced, 1);
         if !std::mem::replace(&mut progress.told_misplaced, true) {
             tracing::warn!(
                 sequence_number = %number,
@@ -572,18 +605,20 @@ impl<S: LeaseStore> ShardTask<S> {
         let Some(position) = progress.unstored(delivery) else { return Ok(()) };
         self.activity.enter(Step::Checkpoints);
         let checkpoint = Checkpoint::At(position.clone());
-        if progress.state.is_some() && delivery.outstanding() > 0 {
+        if progress.state.is_some() && !delivery.is_at_position() {
             // The handler's state is that of more than is finished: it is stored when both agree.
             return Ok(());
         }
         let snapshot = self.snapshot(delivery).await?;
         if let Some(state) = &progress.state {
             self.save(state, &checkpoint, None, snapshot).await?;
+            self.meter.note_stored(&checkpoint);
             progress.stored = Some(position);
             return Ok(());
         }
-        match self.held.write(&Change::Checkpoint { checkpoint }).await {
+        match self.held.write(&Change::Checkpoint { checkpoint: checkpoint.clone() }).await {
             Ok(()) => {
+                self.meter.note_stored(&checkpoint);
                 progress.stored = Some(position);
                 if std::mem::take(&mut progress.failing) {
                     tracing::info!("checkpoint stored again");

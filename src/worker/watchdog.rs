@@ -43,6 +43,13 @@ pub(super) enum Step {
     Parked,
 }
 
+impl Step {
+    /// Whether it has a limit of its own.
+    pub(super) fn is_bounded(self) -> bool {
+        matches!(self, Self::WaitsForOldReader | Self::Stops | Self::Parked)
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -138,9 +145,11 @@ impl Watched {
             self.aborted_at = Some(now + Duration::from_secs(3600));
             return Finding::CannotBeDropped;
         }
-        let bounded = matches!(doing.step, Step::WaitsForOldReader | Step::Stops | Step::Parked);
         let told_of_this = self.told.is_some_and(|told| told.since == doing.since);
-        if !bounded && now.saturating_duration_since(doing.since) > limit && !told_of_this {
+        if !doing.step.is_bounded()
+            && now.saturating_duration_since(doing.since) > limit
+            && !told_of_this
+        {
             self.told = Some(doing);
             return Finding::Stuck;
         }

@@ -16,41 +16,11 @@ use crate::support::{Servers, Traffic, lines, raws, run};
 const STREAM: &str = "ctd-ocs-raw-messages";
 const KILLS: u32 = 100;
 
-/// Counts messages and adds up their numbers; tells its totals when its shard stops.
-#[derive(Clone, Default)]
-struct Totals {
-    count: u64,
-    sum: u64,
-    told: Arc<Mutex<Vec<(u64, u64)>>>,
-}
+#[allow(dead_code)] // Its `main` brings its own servers.
+#[path = "../../examples/exactly_once.rs"]
+mod example;
 
-impl Handler for Totals {
-    type Error = std::num::ParseIntError;
-
-    async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
-        for message in batch {
-            let number: u64 = message.raw().split(',').next().unwrap_or_default().parse()?;
-            self.count += 1;
-            self.sum += number;
-        }
-        Ok(())
-    }
-
-    async fn stopping(&mut self, _: tramline::StopReason) {
-        self.told.lock().expect("a lock").push((self.count, self.sum));
-    }
-
-    fn snapshot(&mut self) -> Result<Option<Vec<u8>>, Self::Error> {
-        Ok(Some(format!("{},{}", self.count, self.sum).into_bytes()))
-    }
-
-    fn restore(&mut self, state: &[u8]) -> Result<(), Self::Error> {
-        let text = String::from_utf8_lossy(state);
-        let (count, sum) = text.split_once(',').unwrap_or_default();
-        (self.count, self.sum) = (count.parse()?, sum.parse()?);
-        Ok(())
-    }
-}
+use example::Totals;
 
 fn builder(servers: &Servers, place: &Checkpoints) -> WorkerBuilder<()> {
     Worker::builder(&servers.local.sdk_config(), STREAM, "totals")
@@ -64,8 +34,8 @@ fn builder(servers: &Servers, place: &Checkpoints) -> WorkerBuilder<()> {
 /// Runs until idle, or for as long as it lives: then it is gone at once, wherever it was.
 fn run_for(servers: &Servers, place: &Checkpoints, life: Option<Duration>) -> Vec<(u64, u64)> {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let totals = Totals::default();
-    let told = totals.told.clone();
+    let told = Arc::<Mutex<Vec<(u64, u64)>>>::default();
+    let totals = Totals::new(told.clone());
     let builder = builder(servers, place).stop_when_idle(Duration::from_millis(1500));
     let running = async {
         let worker = builder.handler(move |_: &ShardId| totals.clone()).build().await?;
@@ -118,6 +88,69 @@ fn p1_totals_in_a_file_are_exact_after_a_hundred_kills() {
 #[test]
 fn p1_totals_in_s3_are_exact_after_a_hundred_kills() {
     totals_after_kills(&Checkpoints::s3("rtr-state", "totals/{shard}.state"));
+}
+
+/// The same, but cannot handle messages with the numbers of `bad`.
+#[derive(Clone)]
+struct Picky {
+    totals: Totals,
+    bad: Option<u64>,
+}
+
+impl Handler for Picky {
+    type Error = String;
+
+    async fn handle(&mut self, batch: &Batch) -> Result<(), String> {
+        let bad = self.bad.map(|number| format!("{number},"));
+        if bad.is_some_and(|bad| batch.iter().any(|message| message.raw().starts_with(&bad))) {
+            return Err("as planned".to_owned());
+        }
+        self.totals.handle(batch).await.map_err(|error| error.to_string())
+    }
+
+    async fn stopping(&mut self, why: tramline::StopReason) {
+        self.totals.stopping(why).await;
+    }
+
+    fn snapshot(&mut self) -> Result<Option<Vec<u8>>, String> {
+        self.totals.snapshot().map_err(|error| error.to_string())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), String> {
+        self.totals.restore(state).map_err(|error| error.to_string())
+    }
+}
+
+#[test]
+fn p1_totals_are_exact_after_a_stop_in_the_middle_of_a_record() {
+    let servers = Servers::with_stream(STREAM, 1);
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = Checkpoints::file(folder.path().join("totals.state"));
+    let run = |bad: Option<u64>| {
+        let told = Arc::<Mutex<Vec<(u64, u64)>>>::default();
+        let picky = Picky { totals: Totals::new(told.clone()), bad };
+        let retries = tramline::Retries {
+            attempts: 2,
+            first_wait: Duration::from_millis(1),
+            ..tramline::Retries::default()
+        };
+        let builder = builder(&servers, &place).retries(retries);
+        let ended = servers.wait(async {
+            let worker = builder.stop_when_idle(Duration::from_millis(500));
+            let worker = worker.handler(move |_: &ShardId| picky.clone()).build().await?;
+            worker.run(std::future::pending()).await
+        });
+        let told = told.lock().expect("a lock").clone();
+        (ended.err().map(|error| error.to_string()), told)
+    };
+    // Three records: of the last, two messages are handled before the one that stops the shard.
+    for (from, to) in [(0, 3), (3, 6), (6, 12)] {
+        servers.put_lines(STREAM, "k", &lines(from, to));
+    }
+    let (error, told) = run(Some(8));
+    assert!(error.is_some_and(|error| error.contains("as planned")), "it stops");
+    assert_eq!(told, [(8, 28)]);
+    assert_eq!(run(None), (None, vec![(12, 66)]), "each message counts exactly once");
 }
 
 #[test]

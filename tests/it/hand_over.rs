@@ -79,7 +79,9 @@ fn p1_a_shard_whose_asker_dies_is_read_on() {
 #[test]
 fn p1_a_shard_whose_reader_dies_after_it_was_asked_is_read_by_the_asker() {
     let servers = Servers::with_stream(STREAM, 2);
-    let (mut first, _, second) = stuck_and_asked(&servers, &["--lease-duration", "2s"]);
+    // So long that only the reader's death can end the wait for it.
+    let patient = ["--lease-duration", "2s", "--hand-over-limit", "1h"];
+    let (mut first, _, second) = stuck_and_asked(&servers, &patient);
     first.kill();
     wait_for_everything(&[&second]);
     second.stop().succeeded();
@@ -88,12 +90,13 @@ fn p1_a_shard_whose_reader_dies_after_it_was_asked_is_read_by_the_asker() {
 #[test]
 fn p1_a_hand_over_in_which_both_restart_comes_to_an_end() {
     let servers = Servers::with_stream(STREAM, 2);
-    // Only the workers themselves can get at leases that are good for an hour.
-    let (mut first, _, mut second) = stuck_and_asked(&servers, &["--lease-duration", "1h"]);
+    // So long that only the workers themselves can get at their leases, and only the reader can say that
+    // it does not read any more.
+    let long = ["--lease-duration", "1h", "--hand-over-limit", "1h"];
+    let (mut first, _, mut second) = stuck_and_asked(&servers, &long);
     first.kill();
     second.kill();
     let proxy = Proxy::start(&servers);
-    let long = ["--lease-duration", "1h"];
     let second = Running::start(proxy.tramline(&servers, &args("second", &long)));
     wait_for("it to look more than once", || (proxy.calls("Scan").len() > 2).then_some(()));
     let first = worker(&servers, "first", &long);

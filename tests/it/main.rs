@@ -1,15 +1,19 @@
 //! The real binary and the crate against embedded servers, over sockets.
 
+mod archive;
 mod calm_fleet;
 mod consume;
+mod crash_points;
 mod demo;
 mod errors;
 mod exactly_once;
+mod examples;
 mod failure;
 mod fleet;
 mod fronts;
 mod generate;
 mod hand_over;
+mod http;
 mod lease_faults;
 mod local;
 mod produce;
@@ -19,6 +23,8 @@ mod produce_spool;
 mod proxy;
 mod read_faults;
 mod redrive;
+mod replay;
+mod reset;
 mod sequence_monitor;
 mod simulated_worker;
 mod simulation;

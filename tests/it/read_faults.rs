@@ -409,3 +409,24 @@ fn a_call_without_an_answer_is_followed_by_one_on_a_new_connection() {
     assert!(newest.max() < Some(reads[3].connection), "{reads:#?}");
     running.stop().succeeded();
 }
+
+#[test]
+fn a_stream_that_is_deleted_under_a_worker_ends_it_at_once_with_an_error_that_says_so() {
+    let servers = servers();
+    for retrieval in ["polling", "fan-out"] {
+        servers.create_stream(retrieval, 1);
+        let args = ["consume", "--stream", retrieval, "--app", retrieval];
+        let args = [&args[..], &["--retrieval", retrieval]].concat();
+        let running = Running::start(servers.tramline(&args));
+        servers.put_lines(retrieval, "k", &lines(0, 5));
+        running.wait_for_lines(5);
+        let delete = servers.kinesis.delete_stream().stream_name(retrieval);
+        servers.wait(delete.enforce_consumer_deletion(true).send()).expect("a deletion");
+        let finished = running.finish();
+        assert_eq!(finished.status.code(), Some(1), "{}", finished.stderr);
+        let last = finished.stderr.lines().last().unwrap_or_default();
+        assert!(last.contains(&format!("stream {retrieval} does not exist")), "{last}");
+        // The discovery of shards would find out too, within a minute.
+        assert!(!finished.stderr.contains("trying again until it works"), "{}", finished.stderr);
+    }
+}

@@ -621,3 +621,36 @@ fn a_letter_in_the_stream_it_came_from_is_not_taken_for_its_own_copy() {
     run(proxy.redrive(&servers, &url(&path), &[])).succeeded();
     assert_eq!(stored(&servers)["key-0"].len(), 2);
 }
+
+#[test]
+fn p9_a_bad_message_of_a_batch_comes_back_as_a_batch_of_its_own_with_its_id() {
+    let servers = Servers::with_stream(STREAM, 1);
+    let dir = tempfile::tempdir().expect("a directory");
+    let letters = url(&dir.path().join("letters.jsonl"));
+    let batch = |messages: &[Value]| {
+        json!({
+            "data": {"messages": messages}, "id": "b", "partitionkey": "k", "source": "test",
+            "specversion": "1.0", "time": "2025-07-02T15:00:00.000000Z",
+            "type": "com.mbta.ocs.raw_message_batch",
+        })
+    };
+    let message = |n: usize, raw: Value| json!({"id": format!("id-{n}"), "raw": raw, "time": "t"});
+    let good = |n| message(n, json!(raw(n)));
+    let bad = |n| message(n, json!(n));
+    let put = batch(&[good(1), bad(2), good(3), bad(4)]).to_string();
+    servers.put(STREAM, "k", &put);
+
+    let consume = ["consume", "--stream", STREAM, "--app", "rtr", "--exit-when-idle", "700ms"];
+    let consume = [&consume[..], &["--dead-letters", &letters]].concat();
+    let consumed = run(servers.tramline(&consume)).succeeded();
+    assert_eq!(raws(&consumed.stdout), [raw(1), raw(3)]);
+
+    for _ in 0..2 {
+        run(redrive(&servers, &letters, &["--reason", "undecodable"])).succeeded();
+        let stored = stored(&servers).remove("k").expect("records");
+        assert_eq!(stored[0], put);
+        let back: Vec<Value> =
+            stored[1..].iter().map(|data| serde_json::from_str(data).expect("JSON")).collect();
+        assert_eq!(back, [batch(&[bad(2)]), batch(&[bad(4)])], "in order, and once");
+    }
+}

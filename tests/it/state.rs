@@ -244,6 +244,20 @@ async fn p4_an_earlier_owner_of_the_lease_is_refused() {
     }
 }
 
+/// Such as one on a stream where nothing came.
+#[tokio::test(flavor = "multi_thread")]
+async fn p1_a_worker_that_stored_nothing_yet_is_followed_by_another() {
+    for bed in beds().await.into_iter().filter(|bed| !bed.place.is_per_shard()) {
+        let shard = ShardId::from("shardId-0");
+        for _ in 0..3 {
+            // The leases of its only worker begin anew with each process.
+            let store = bed.store("w");
+            assert_eq!(store.load().await.expect("loaded"), BTreeMap::new(), "{}", bed.place);
+            store.open(&shard, 1).await.expect("open");
+        }
+    }
+}
+
 /// Within one process too: a task that was slow to learn that its lease was lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn p4_an_earlier_tenure_of_the_same_worker_is_refused() {

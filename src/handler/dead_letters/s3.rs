@@ -13,10 +13,9 @@ use crate::{
 /// How much goes into one object, unless a single letter is larger.
 const OBJECT_BYTES: usize = 4 * 1024 * 1024;
 
+/// A client with limits for objects.
 pub(crate) fn client(config: &SdkConfig) -> Client {
-    let config =
-        aws_sdk_s3::config::Builder::from(config).timeout_config(aws::call_timeouts()).build();
-    Client::from_conf(config)
+    Client::from_conf(aws::s3_config(config).timeout_config(aws::call_timeouts()).build())
 }
 
 /// A bucket for dead letters.

@@ -1,0 +1,225 @@
+//! `/healthz`, `/readyz`, `/metrics` and the status page, over HTTP.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    time::Duration,
+};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{HeaderValue, StatusCode, header},
+    response::{Html, IntoResponse, Response},
+    routing::get,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use jiff::Timestamp;
+use serde_json::json;
+use tokio::{
+    net::TcpListener,
+    sync::Semaphore,
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    history::{self, History},
+    metrics::{self, Snapshot},
+    page::{Fleet, Page, Parts},
+    readiness::{self, Reason},
+    recent::Recent,
+};
+use crate::{
+    host,
+    worker::{Observer, WorkerStatus},
+};
+
+const PAGE: &str = include_str!("page.html");
+/// However many look at the page, the lease table is read this often.
+const FLEET_INTERVAL: Duration = Duration::from_secs(2);
+/// A page is not held up by a lease table that does not answer.
+const FLEET_LIMIT: Duration = Duration::from_secs(2);
+/// More at once wait.
+const CONNECTIONS: usize = 64;
+/// How long the head of a request may take.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// A page that is looked at longer connects again.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(300);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const POLICY: &str = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; \
+                      style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; \
+                      frame-ancestors 'none'";
+
+/// Reads who reads which shard.
+pub(crate) type LookAtFleet =
+    Box<dyn Fn() -> Pin<Box<dyn Future<Output = Fleet> + Send>> + Send + Sync>;
+
+/// What is told of a process.
+pub(crate) struct Served {
+    /// The command that runs.
+    pub command: &'static str,
+    /// What it works on, for people.
+    pub title: String,
+    /// Set when there is one.
+    pub worker: Arc<OnceLock<Observer>>,
+    pub fleet: Option<LookAtFleet>,
+    pub recent: Recent,
+}
+
+struct Shared {
+    served: Served,
+    history: Mutex<History>,
+    /// The last look at the table.
+    fleet: tokio::sync::Mutex<Option<(Instant, Fleet)>>,
+}
+
+/// Binds the address, so that a port that is taken is an error at the start.
+pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener, io::Error> {
+    TcpListener::bind(address).await.map_err(|error| {
+        io::Error::other(format!(
+            "cannot listen on {address} for --http: {error}; choose another address, or stop what uses it"
+        ))
+    })
+}
+
+impl Served {
+    /// Answers until the handle is dropped.
+    pub(crate) fn serve(self, listener: TcpListener) -> AbortOnDropHandle<()> {
+        let shared = Arc::new(Shared {
+            served: self,
+            history: Mutex::default(),
+            fleet: tokio::sync::Mutex::default(),
+        });
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!("status page at http://{address}/, with /healthz, /readyz and /metrics");
+        }
+        let router = Router::new()
+            .route("/", get(async || with_headers(Html(PAGE))))
+            .route("/healthz", get(async || with_headers(Json(json!({"alive": true})))))
+            .route("/readyz", get(readyz))
+            .route("/metrics", get(metrics))
+            .route("/status.json", get(status))
+            .with_state(shared.clone());
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            tokio::join!(sample(&shared), accept(listener, router));
+        }))
+    }
+}
+
+/// Takes connections. Whoever is slow is so at their own cost, and not for ever.
+async fn accept(listener: TcpListener, router: Router) {
+    let connections = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(REQUEST_LIMIT);
+    while let Ok(permit) = connections.clone().acquire_owned().await {
+        let Ok((stream, _)) = listener.accept().await else {
+            // Out of file descriptors, most likely.
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        let (builder, router) = (builder.clone(), router.clone());
+        tokio::spawn(async move {
+            let _permit = permit;
+            let serving =
+                builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+            // How a connection ends is the peer's business.
+            let _ = timeout(CONNECTION_LIMIT, serving).await;
+        });
+    }
+}
+
+async fn sample(shared: &Shared) {
+    let mut ticks = interval(history::INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if let Some(worker) = shared.served.worker.get() {
+            shared.history().sample(&worker.status());
+        }
+    }
+}
+
+impl Shared {
+    fn reasons(&self) -> (Option<WorkerStatus>, Vec<Reason>) {
+        let worker = self.served.worker.get().map(Observer::status);
+        let reasons = readiness::worker(worker.as_ref());
+        (worker, reasons)
+    }
+
+    /// What the lease table tells, as of not long ago.
+    async fn fleet(&self) -> Option<Fleet> {
+        let look = self.served.fleet.as_ref()?;
+        let mut last = self.fleet.lock().await;
+        if let Some((at, fleet)) = &*last
+            && at.elapsed() < FLEET_INTERVAL
+        {
+            return Some(fleet.clone());
+        }
+        let fleet = timeout(FLEET_LIMIT, look()).await.unwrap_or_else(|_| {
+            let text =
+                format!("the lease table does not answer within {} s", FLEET_LIMIT.as_secs());
+            Err(text)
+        });
+        *last = Some((Instant::now(), fleet.clone()));
+        Some(fleet)
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
+    let (_, reasons) = shared.reasons();
+    let ready = reasons.is_empty();
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    with_headers((code, Json(json!({"ready": ready, "reasons": reasons}))))
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let (worker, reasons) = shared.reasons();
+    let snapshot =
+        Snapshot { ready: reasons.is_empty(), resident_bytes: host::resident_bytes(), worker };
+    match snapshot.text() {
+        Ok(text) => with_headers(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text)),
+        Err(error) => with_headers((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
+    }
+}
+
+async fn status(State(shared): State<Arc<Shared>>) -> Response {
+    let fleet = shared.fleet().await;
+    let (worker, reasons) = shared.reasons();
+    let page = Page::new(Parts {
+        at: Timestamp::now(),
+        command: shared.served.command,
+        title: shared.served.title.clone(),
+        reasons,
+        resident_bytes: host::resident_bytes(),
+        worker,
+        fleet,
+        history: &shared.history(),
+        errors: shared.served.recent.entries(),
+    });
+    with_headers(Json(page))
+}
+
+/// The page is whole in itself: nothing of it may come from elsewhere, and nothing of it is kept.
+fn with_headers(answer: impl IntoResponse) -> Response {
+    let mut answer = answer.into_response();
+    for (name, value) in [
+        (header::CACHE_CONTROL, "no-store"),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ] {
+        answer.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    answer
+}

@@ -1,0 +1,14 @@
+//! What a running process tells those who watch it: whether it is ready, its metrics, a status page.
+//!
+//! What is told is worked out from snapshots, purely; [`http`] only carries it.
+
+mod history;
+mod http;
+mod metrics;
+mod page;
+mod readiness;
+mod recent;
+
+pub(crate) use http::{LookAtFleet, Served, bind};
+pub(crate) use page::{Fleet, FleetShard};
+pub(crate) use recent::{Recent, RecentLayer};

@@ -1,0 +1,307 @@
+//! What the status page shows, as JSON: the page itself is a file that asks for it.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::{
+    history::{History, Sample},
+    readiness::Reason,
+    recent::Entry,
+};
+use crate::{
+    lease::overview::{ShardOverview, State},
+    worker::{LeaseMoves, ShardStatus, WorkerStatus},
+};
+
+/// The shards of the application, whoever reads them, or why they are not known.
+pub(crate) type Fleet = Result<Vec<FleetShard>, String>;
+
+/// A shard by the lease table.
+#[derive(Debug, Clone)]
+pub(crate) struct FleetShard {
+    /// The stream's name.
+    pub stream: String,
+    /// What the table tells.
+    pub shard: ShardOverview,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Page {
+    at: Timestamp,
+    version: &'static str,
+    /// What runs, such as `consume`.
+    command: &'static str,
+    /// What it was told to work on, in a few words.
+    title: String,
+    ready: bool,
+    reasons: Vec<Reason>,
+    resident_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    worker: Option<WorkerPage>,
+    shards: Vec<ShardRow>,
+    /// Shards that are read to their end, which are not among `shards`.
+    finished_shards: usize,
+    /// Why it is not known what other workers read.
+    fleet_error: Option<String>,
+    /// The latest warnings and errors, the newest first.
+    errors: Vec<Entry>,
+}
+
+#[derive(Debug, Serialize)]
+struct WorkerPage {
+    name: String,
+    uptime_ms: u64,
+    stopping: bool,
+    looked_ms_ago: Option<u64>,
+    records: u64,
+    messages: u64,
+    failed_attempts: u64,
+    dead_letters: u64,
+    undecodable: u64,
+    skipped: u64,
+    stuck: u64,
+    lease_moves: Moves,
+}
+
+#[derive(Debug, Serialize)]
+struct Moves {
+    taken: u64,
+    handed_over: u64,
+    lost: u64,
+    released: u64,
+    finished: u64,
+}
+
+impl From<LeaseMoves> for Moves {
+    fn from(moves: LeaseMoves) -> Self {
+        let LeaseMoves { taken, handed_over, lost, released, finished } = moves;
+        Self { taken, handed_over, lost, released, finished }
+    }
+}
+
+/// A shard, whoever reads it.
+#[derive(Debug, Serialize)]
+struct ShardRow {
+    stream: String,
+    shard: String,
+    owner: Option<String>,
+    /// During a hand-over.
+    next_owner: Option<String>,
+    state: State,
+    checkpoint: Option<String>,
+    error: Option<String>,
+    error_at: Option<Timestamp>,
+    error_is_over: bool,
+    /// What only its reader knows; missing if that is another worker.
+    #[serde(flatten)]
+    here: Option<Here>,
+}
+
+#[derive(Debug, Serialize)]
+struct Here {
+    lag_ms: Option<u64>,
+    checkpoint_age_ms: u64,
+    waits_for: String,
+    waits_ms: u64,
+    records: u64,
+    messages: u64,
+    bytes: u64,
+    handler_p50_ms: f64,
+    handler_p99_ms: f64,
+    failed_attempts: u64,
+    dead_letters: u64,
+    /// Every 10 s, the oldest first.
+    history: Vec<Sample>,
+}
+
+pub(super) struct Parts<'a> {
+    pub at: Timestamp,
+    pub command: &'static str,
+    pub title: String,
+    pub reasons: Vec<Reason>,
+    pub resident_bytes: Option<u64>,
+    pub worker: Option<WorkerStatus>,
+    pub fleet: Option<Fleet>,
+    pub history: &'a History,
+    pub errors: Vec<Entry>,
+}
+
+impl Page {
+    pub(super) fn new(parts: Parts<'_>) -> Self {
+        let Parts { at, command, title, reasons, resident_bytes, worker, fleet, history, errors } =
+            parts;
+        let (fleet, fleet_error) = match fleet {
+            None => (Vec::new(), None),
+            Some(Ok(fleet)) => (fleet, None),
+            Some(Err(error)) => (Vec::new(), Some(error)),
+        };
+        let rows = worker.as_ref().map_or_else(Vec::new, |worker| rows(worker, fleet, history));
+        let (shards, finished): (Vec<_>, Vec<_>) =
+            rows.into_iter().partition(|row| row.state != State::Finished);
+        Self {
+            at,
+            version: env!("CARGO_PKG_VERSION"),
+            command,
+            title,
+            ready: reasons.is_empty(),
+            reasons,
+            resident_bytes,
+            worker: worker.map(|worker| WorkerPage {
+                name: worker.worker,
+                uptime_ms: millis(worker.uptime),
+                stopping: worker.stopping,
+                looked_ms_ago: worker.looked.map(millis),
+                records: worker.counts.records,
+                messages: worker.counts.messages,
+                failed_attempts: worker.counts.failed_attempts,
+                dead_letters: worker.counts.dead_letters,
+                undecodable: worker.counts.undecodable,
+                skipped: worker.counts.skipped,
+                stuck: worker.counts.stuck,
+                lease_moves: worker.leases.into(),
+            }),
+            shards,
+            finished_shards: finished.len(),
+            fleet_error,
+            errors,
+        }
+    }
+}
+
+/// The shards of the table, and those that are read here: this worker knows its own better.
+fn rows(worker: &WorkerStatus, fleet: Vec<FleetShard>, history: &History) -> Vec<ShardRow> {
+    let mut rows = BTreeMap::new();
+    for FleetShard { stream, shard } in fleet {
+        let row = ShardRow {
+            stream,
+            shard: shard.shard.name().to_owned(),
+            owner: shard.owner,
+            next_owner: shard.next_owner,
+            state: shard.state,
+            checkpoint: shard.checkpoint,
+            error: shard.last_error,
+            error_at: shard.last_error_at,
+            error_is_over: shard.last_error_is_over.unwrap_or(false),
+            here: None,
+        };
+        rows.insert(shard.shard, row);
+    }
+    for shard in &worker.shards {
+        let row = rows.entry(shard.shard.clone()).or_insert_with(|| ShardRow {
+            stream: shard.stream.clone(),
+            shard: shard.shard.name().to_owned(),
+            owner: None,
+            next_owner: None,
+            state: State::Reading,
+            checkpoint: None,
+            error: None,
+            error_at: None,
+            error_is_over: false,
+            here: None,
+        });
+        row.owner = Some(worker.worker.clone());
+        if row.state != State::HandingOver {
+            row.state = State::Reading;
+        }
+        row.checkpoint = Some(shard.checkpoint.clone());
+        (row.error, row.error_at) = (shard.error.clone(), shard.error_at);
+        row.error_is_over = shard.error_is_over;
+        row.here = Some(Here::new(shard, history));
+    }
+    rows.into_values().collect()
+}
+
+impl Here {
+    fn new(shard: &ShardStatus, history: &History) -> Self {
+        Self {
+            lag_ms: shard.behind.map(millis),
+            checkpoint_age_ms: millis(shard.checkpoint_age),
+            waits_for: shard.waits_for.clone(),
+            waits_ms: millis(shard.waits),
+            records: shard.counts.records,
+            messages: shard.counts.messages,
+            bytes: shard.bytes,
+            handler_p50_ms: shard.handler.p50.as_secs_f64() * 1000.0,
+            handler_p99_ms: shard.handler.p99.as_secs_f64() * 1000.0,
+            failed_attempts: shard.counts.failed_attempts,
+            dead_letters: shard.counts.dead_letters,
+            history: history.of(&shard.shard.to_string()),
+        }
+    }
+}
+
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::{
+        checkpoint::Checkpoint,
+        lease::{Lease, overview, plan::Observations},
+        shard::Shard,
+        worker::status_of,
+    };
+
+    /// Shards 0 to 2; another worker reads 1 and 2 is finished.
+    fn fleet() -> Vec<FleetShard> {
+        let shards: Vec<Shard> = (0..3)
+            .map(|n| Shard {
+                id: format!("shardId-{n:012}").as_str().into(),
+                parents: vec![],
+                hash_key_range: None,
+                closed: false,
+                begins: None,
+            })
+            .collect();
+        let mut leases: Vec<Lease> =
+            shards.iter().map(|s| Lease::new(s, Checkpoint::TrimHorizon, None)).collect();
+        leases[0].owner = Some("w".to_owned());
+        leases[1].owner = Some("other".to_owned());
+        leases[2].checkpoint = Checkpoint::ShardEnd;
+        let (observed, now) = (Observations::default(), Instant::now());
+        overview::shards(&shards, &leases, &observed, Duration::from_secs(5), now)
+            .into_iter()
+            .map(|shard| FleetShard { stream: "s".to_owned(), shard })
+            .collect()
+    }
+
+    fn page(fleet: Fleet) -> serde_json::Value {
+        let page = Page::new(Parts {
+            at: Timestamp::UNIX_EPOCH,
+            command: "consume",
+            title: "s, a".to_owned(),
+            reasons: Vec::new(),
+            resident_bytes: None,
+            worker: Some(status_of(1)),
+            fleet: Some(fleet),
+            history: &History::default(),
+            errors: Vec::new(),
+        });
+        serde_json::to_value(page).expect("JSON")
+    }
+
+    #[test]
+    fn shards_of_this_worker_and_of_others_are_shown_together() {
+        let page = page(Ok(fleet()));
+        assert_eq!(page["finished_shards"], 1);
+        let shards = page["shards"].as_array().expect("shards");
+        assert_eq!(shards.len(), 2);
+        assert_eq!((&shards[0]["owner"], &shards[0]["lag_ms"]), (&"w".into(), &1500.into()));
+        assert_eq!(shards[0]["state"], "reading");
+        assert_eq!((&shards[1]["owner"], shards[1].get("lag_ms")), (&"other".into(), None));
+        assert_eq!(shards[1]["state"], "held");
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_read_leaves_what_is_known_here() {
+        let page = page(Err("no table".to_owned()));
+        assert_eq!(page["fleet_error"], "no table");
+        assert_eq!(page["shards"].as_array().map(Vec::len), Some(1));
+    }
+}

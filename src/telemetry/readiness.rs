@@ -1,0 +1,150 @@
+//! Whether a process does what it is there for, and if not, why.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::worker::{ShardStatus, WorkerStatus};
+
+/// Why a process is not ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(super) struct Reason {
+    /// A word to match on.
+    pub reason: &'static str,
+    /// The shard that it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard: Option<String>,
+    /// The same for people.
+    pub text: String,
+}
+
+/// Why a worker is not ready: nothing, if it is.
+///
+/// A worker without a lease is ready when it has looked for some for two lease durations: others hold them,
+/// and it stands by.
+pub(super) fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
+    let reason = |reason, text| Reason { reason, shard: None, text };
+    let Some(status) = status else {
+        let text = "the stream, the lease table and what else is needed are looked up".to_owned();
+        return vec![reason("starting", text)];
+    };
+    let mut reasons = Vec::new();
+    if status.stopping {
+        reasons.push(reason("stopping", "the worker stops".to_owned()));
+    }
+    let error = |fallback: &str| status.look_error.clone().unwrap_or_else(|| fallback.to_owned());
+    match status.looked {
+        None => {
+            let text = error("the worker has not looked for leases yet");
+            reasons.push(reason("starting", text));
+        }
+        Some(ago) if ago > status.lease_duration => {
+            let text = format!(
+                "no look for leases worked for {}: {}",
+                seconds(ago),
+                error("DynamoDB does not answer")
+            );
+            reasons.push(reason("leases-unknown", text));
+        }
+        Some(_) if status.shards.is_empty() && status.uptime < 2 * status.lease_duration => {
+            reasons.push(reason("no-lease", "the worker holds no lease yet".to_owned()));
+        }
+        Some(_) => {}
+    }
+    reasons.extend(status.shards.iter().filter_map(|shard| of_shard(shard, status)));
+    reasons
+}
+
+fn of_shard(shard: &ShardStatus, status: &WorkerStatus) -> Option<Reason> {
+    let error = || shard.error.clone().unwrap_or_default();
+    let (reason, text) = if shard.parked {
+        ("shard-stopped", format!("stopped because of a failure: {}", error()))
+    } else if !shard.bounded && shard.waits > status.watchdog {
+        let text =
+            format!("no progress for {}, waiting for {}", seconds(shard.waits), shard.waits_for);
+        ("shard-stuck", text)
+    } else if shard.error.is_some() && !shard.error_is_over {
+        ("shard-failing", error())
+    } else {
+        return None;
+    };
+    Some(Reason { reason, shard: Some(shard.shard.to_string()), text })
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{} s", time.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::status_of;
+
+    fn names(status: &WorkerStatus) -> Vec<&'static str> {
+        worker(Some(status)).into_iter().map(|reason| reason.reason).collect()
+    }
+
+    #[test]
+    fn a_worker_that_reads_is_ready() {
+        assert_eq!(worker(Some(&status_of(2))), []);
+    }
+
+    #[test]
+    fn a_worker_is_not_ready_before_it_holds_a_lease_but_is_as_a_stand_by() {
+        assert_eq!(worker(None)[0].reason, "starting");
+        let mut status = status_of(0);
+        status.looked = None;
+        assert_eq!(names(&status), ["starting"]);
+        status.looked = Some(Duration::from_secs(1));
+        status.uptime = Duration::from_secs(19);
+        assert_eq!(names(&status), ["no-lease"]);
+        status.uptime = Duration::from_secs(20);
+        assert_eq!(worker(Some(&status)), []);
+    }
+
+    #[test]
+    fn a_worker_that_cannot_look_for_leases_says_why() {
+        let mut status = status_of(1);
+        status.looked = Some(Duration::from_secs(11));
+        status.look_error = Some("connection refused".to_owned());
+        let reasons = worker(Some(&status));
+        assert_eq!(reasons[0].reason, "leases-unknown");
+        assert_eq!(reasons[0].text, "no look for leases worked for 11 s: connection refused");
+        // One that failed and works again within a lease duration is no reason.
+        status.looked = Some(Duration::from_secs(9));
+        assert_eq!(worker(Some(&status)), []);
+    }
+
+    #[test]
+    fn each_shard_that_does_not_get_on_is_named() {
+        let mut status = status_of(4);
+        status.shards[0].waits = Duration::from_secs(121);
+        status.shards[1].parked = true;
+        status.shards[1].error = Some("the handler failed".to_owned());
+        status.shards[2].error = Some("access denied".to_owned());
+        status.shards[3].error = Some("was throttled".to_owned());
+        status.shards[3].error_is_over = true;
+        let reasons = worker(Some(&status));
+        let named: Vec<_> =
+            reasons.iter().map(|reason| (reason.reason, reason.shard.as_deref())).collect();
+        assert_eq!(
+            named,
+            [
+                ("shard-stuck", Some("shardId-000000000000")),
+                ("shard-stopped", Some("shardId-000000000001")),
+                ("shard-failing", Some("shardId-000000000002")),
+            ]
+        );
+        // What has a limit of its own is not stuck.
+        status.shards.truncate(1);
+        status.shards[0].bounded = true;
+        assert_eq!(worker(Some(&status)), []);
+    }
+
+    #[test]
+    fn a_worker_that_stops_takes_nothing_new() {
+        let mut status = status_of(1);
+        status.stopping = true;
+        assert_eq!(names(&status), ["stopping"]);
+    }
+}
