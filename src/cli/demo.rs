@@ -73,6 +73,8 @@ impl Demo {
         // With readable partition keys the messages of a connection can be told by its address.
         let settings = ListenerSettings {
             partition_key: PartitionKey::Connection,
+            // Each of its senders counts for itself, and all have one address.
+            sequence_per: SequencePer::Connection,
             producer: ProducerSettings { spool: Spool::Memory, ..Default::default() },
             ..Default::default()
         };
