@@ -19,7 +19,7 @@ use crate::{
     Retrieval, ShardId, StartPosition, Tolerance, Worker, WorkerBuilder,
     feed::{Archive, Format, Stdout},
     host,
-    telemetry::{self, Served},
+    telemetry::{self, Served, Subject},
 };
 
 /// Read a stream and write its messages to stdout or to an archive
@@ -275,11 +275,13 @@ impl Consume {
         let served = Served {
             command: "consume",
             title: format!("{}, application {}", self.stream.join(", "), self.app),
-            worker: observed,
-            fleet: has_table.then(|| {
-                let table = self.lease_table.as_deref().unwrap_or(&self.app);
-                fleet::looker(config, &self.stream, table)
-            }),
+            subject: Subject::Worker {
+                observer: observed,
+                fleet: has_table.then(|| {
+                    let table = self.lease_table.as_deref().unwrap_or(&self.app);
+                    fleet::looker(config, &self.stream, table)
+                }),
+            },
             recent: watched.recent,
         };
         Ok(served.serve(listener))

@@ -159,7 +159,9 @@ async fn run(cli: Cli, recent: Recent) -> Outcome {
         Command::Demo(demo) => demo.run(stop).await,
         #[cfg(feature = "local")]
         Command::Local(local) => local.run(stop).await,
-        Command::Produce(produce) => produce.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Produce(produce) => {
+            produce.run(&aws_config(&cli.global).await?, watched, stop).await
+        }
         Command::Consume(consume) => {
             consume.run(&aws_config(&cli.global).await?, watched, stop).await
         }

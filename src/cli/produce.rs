@@ -1,14 +1,20 @@
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use aws_config::SdkConfig;
 use clap::Args;
 use ipnet::IpNet;
 use tokio_util::sync::CancellationToken;
 
-use super::{Outcome, values};
+use super::{Outcome, Watched, values};
 use crate::{
     BatchPolicy, Encoding, ListenerSettings, ListenerTls, OcsListener, PartitionKey,
     ProducerSettings, SequencePer, ShardRate, Spool,
+    telemetry::{self, Served, Subject},
 };
 
 /// Receive OCS connections and write their messages to a stream
@@ -134,7 +140,26 @@ fn message_size(text: &str) -> Result<u32, String> {
 }
 
 impl Produce {
-    pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+    pub(super) async fn run(
+        self,
+        config: &SdkConfig,
+        watched: Option<Watched>,
+        stop: CancellationToken,
+    ) -> Outcome {
+        let monitor = Arc::new(OnceLock::new());
+        // Also before the spool is open, which may take its time after a crash.
+        let _served = match watched {
+            Some(Watched { address, recent }) => {
+                let served = Served {
+                    command: "produce",
+                    title: self.stream.clone(),
+                    subject: Subject::Producer(monitor.clone()),
+                    recent,
+                };
+                Some(served.serve(telemetry::bind(address).await?))
+            }
+            None => None,
+        };
         let defaults = ProducerSettings::default();
         let mut delays = BatchPolicy::default().delays;
         delays.extend(self.type_delay);
@@ -176,6 +201,8 @@ impl Produce {
             producer,
         };
         let producer = OcsListener::bind(config, &self.stream, self.listen, settings).await?;
+        // There is one, so it was not set before.
+        let _ = monitor.set(producer.monitor());
         let address = producer.local_addr()?;
         tracing::info!(%address, stream = self.stream, "listening for OCS connections");
         producer.run(stop.cancelled_owned()).await?;

@@ -9,6 +9,6 @@ mod page;
 mod readiness;
 mod recent;
 
-pub(crate) use http::{LookAtFleet, Served, bind};
+pub(crate) use http::{LookAtFleet, Served, Subject, bind};
 pub(crate) use page::{Fleet, FleetShard};
 pub(crate) use recent::{Recent, RecentLayer};
