@@ -209,3 +209,22 @@ fn set_options(socket: &TcpStream) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive)?;
     socket.set_linger(Some(Duration::ZERO))
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn dead_peers_are_asked_for_and_a_close_is_a_reset() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let socket = TcpStream::connect(address).await.expect("a connection");
+        set_options(&socket).expect("options");
+        let options = SockRef::from(&socket);
+        assert!(options.keepalive().expect("an option"));
+        assert_eq!(options.tcp_keepalive_time().expect("an option"), KEEPALIVE.0);
+        assert_eq!(options.linger().expect("an option"), Some(Duration::ZERO));
+    }
+}

@@ -165,6 +165,7 @@ impl OcsListener {
             refused_connections = report.refused_connections,
             messages = report.messages,
             records = report.records,
+            commits = report.commits,
             heartbeats = report.heartbeats,
             empty_frames = report.empty_frames,
             dead_letters = report.dead_letters,

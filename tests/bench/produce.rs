@@ -2,11 +2,17 @@
 //! machine: `cargo bench --bench produce -- [MESSAGES]`.
 //!
 //! Throughput and the drain after an outage are those of the real program, with what it took of processor,
-//! memory and disk. The latency is measured in this process, from a message in hand to its receipt.
+//! memory and disk; the stream is read back, and must hold every connection's messages in order. By default
+//! the producer puts no more to a shard than AWS takes, 1 MiB a second. The embedded Kinesis takes any
+//! amount, so `--shard-rate 1GiB` shows what the producer itself can do.
+//!
+//! The latency is that of a listener in this process, from the read of a message to the answer that Kinesis
+//! has it.
 
 use std::{
+    collections::BTreeMap,
     io::{Read as _, Write as _},
-    net::{Shutdown, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
@@ -14,11 +20,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hdrhistogram::Histogram;
+use aws_sdk_kinesis::{Client, types::ShardIteratorType};
+use tokio::io::AsyncWriteExt as _;
+use tokio_util::sync::CancellationToken;
 use tramline::{
-    Producer, ProducerSettings, Spool,
+    ListenerSettings, OcsListener, ProducerSettings, SequenceNumber, Spool,
     local::{Local, LocalSettings},
     ocs::generate::{Generator, Item, Profile},
+    record::{Record, ShardName, unpack},
 };
 
 const STREAM: &str = "ctd-ocs-raw-messages";
@@ -27,75 +36,104 @@ const CONNECTIONS: u64 = 16;
 fn main() {
     // Of what `cargo bench` and `cargo test` pass, only a number is for us.
     let messages = std::env::args().find_map(|arg| arg.parse().ok()).unwrap_or(1_000_000);
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let local = runtime.block_on(Local::start(LocalSettings::default())).expect("servers");
-    let kinesis = aws_sdk_kinesis::Client::new(&local.sdk_config());
-    let create = kinesis.create_stream().stream_name(STREAM).shard_count(4);
-    runtime.block_on(create.send()).expect("a stream");
-    thread::sleep(Duration::from_secs(1));
-
-    runtime.block_on(latency(&local));
-    let bytes = traffic(messages);
-    for more in [&[][..], &["--gzip"], &["--encoding", "batch", "--gzip"]] {
-        throughput(&local, more, messages, &bytes);
+    let bench = Bench::start(messages);
+    bench.runtime.block_on(latency(&bench.local));
+    for more in [
+        &["--shard-rate", "1GiB"][..],
+        &["--gzip"],
+        &["--encoding", "batch", "--gzip"],
+        &["--encoding", "kpl", "--gzip"],
+    ] {
+        bench.throughput(more);
     }
-    drain(&local, &["--encoding", "batch", "--gzip"], messages, &bytes);
+    for more in [&["--shard-rate", "1GiB"][..], &["--gzip"]] {
+        bench.drain(more);
+    }
+}
+
+struct Bench {
+    runtime: tokio::runtime::Runtime,
+    local: Local,
+    kinesis: Client,
+    messages: u64,
+    /// What each connection sends.
+    lines: Vec<Vec<String>>,
+    bytes: Vec<Vec<u8>>,
 }
 
 /// What each connection sends.
-fn traffic(messages: u64) -> Vec<Vec<u8>> {
+fn traffic(messages: u64) -> Vec<Vec<String>> {
     let connection = |n| {
-        let mut bytes = Vec::new();
         let lines = Generator::new(1, n as u32, Profile::Day).filter_map(|item| match item {
             Item::Message(line) => Some(line),
             Item::Heartbeat => None,
         });
-        for line in lines.take((messages / CONNECTIONS) as usize) {
-            bytes.extend_from_slice(line.as_bytes());
-            bytes.push(4);
-        }
-        bytes
+        lines.take((messages / CONNECTIONS) as usize).collect()
     };
     (0..CONNECTIONS).map(connection).collect()
 }
 
 async fn latency(local: &Local) {
-    let spool = tempfile::tempdir().expect("a directory");
-    let settings = ProducerSettings {
-        spool: Spool::Directory(spool.path().to_owned()),
-        ..ProducerSettings::default()
-    };
+    let stream = "latency";
     let config = local.sdk_config();
-    let producer = Producer::start(&config, STREAM, settings).await.expect("a producer");
-    let lanes: Vec<_> = (0..CONNECTIONS).map(|n| producer.lane(format!("{n}"), None)).collect();
-    let micros = Arc::new(Mutex::new(Histogram::<u64>::new(3).expect("three digits")));
+    let kinesis = Client::new(&config);
+    create_stream(&kinesis, stream).await;
+    let spool = tempfile::tempdir().expect("a directory");
+    let settings = ListenerSettings {
+        producer: ProducerSettings {
+            spool: Spool::Directory(spool.path().to_owned()),
+            ..ProducerSettings::default()
+        },
+        ..ListenerSettings::default()
+    };
+    let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+    let listener = OcsListener::bind(&config, stream, any_port, settings).await;
+    let listener = listener.expect("a listener");
+    let address = listener.local_addr().expect("an address");
+    let monitor = listener.monitor();
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(listener.run(stop.clone().cancelled_owned()));
+    let mut sockets = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let socket = tokio::net::TcpStream::connect(address).await.expect("a connection");
+        socket.set_nodelay(true).expect("an option");
+        sockets.push(socket);
+    }
     let mut ticks = tokio::time::interval(Duration::from_micros(2500));
-    let mut waiting = Vec::new();
-    for n in 0..4000_usize {
+    let began = Instant::now();
+    for n in 0..8000_usize {
         ticks.tick().await;
-        let (lane, micros) = (lanes[n % lanes.len()].clone(), micros.clone());
-        waiting.push(tokio::spawn(async move {
-            let began = Instant::now();
-            let line = format!("{n},TMOV,12:00:00,R,{}", "x".repeat(100));
-            lane.send(line).await.expect("open").await.expect("put");
-            let took = began.elapsed().as_micros() as u64;
-            micros.lock().expect("a lock").record(took).expect("it grows");
-        }));
+        let line = format!("{n},TMOV,12:00:00,R,{}\x04", "x".repeat(100));
+        let socket = &mut sockets[n % CONNECTIONS as usize];
+        socket.write_all(line.as_bytes()).await.expect("a write");
     }
-    for one in waiting {
-        one.await.expect("put");
-    }
-    let report = producer.close().await.expect("all is put");
-    let micros = micros.lock().expect("a lock");
-    let millis = |q| micros.value_at_quantile(q) as f64 / 1000.0;
+    let took = began.elapsed();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let stats = monitor.stats().await.expect("it runs");
+    let age = |q| stats.puts.age_micros.value_at_quantile(q) as f64 / 1000.0;
+    let latency = |q| stats.puts.latency_micros.value_at_quantile(q) as f64 / 1000.0;
     println!(
-        "TMOV at 400/s: p50 {:.1} ms, p99 {:.1} ms, p99.9 {:.1} ms; {} commits for {} messages",
-        millis(0.5),
-        millis(0.99),
-        millis(0.999),
-        report.commits,
-        report.messages,
+        "TMOV at {:.0}/s: read to answer p50 {:.1} ms, p99 {:.1} ms, p99.9 {:.1} ms, most {:.1} ms; of \
+         that the call p50 {:.1} ms, p99 {:.1} ms; {:.0} commits/s; {} records of {} messages",
+        8000.0 / took.as_secs_f64(),
+        age(0.5),
+        age(0.99),
+        age(0.999),
+        age(1.0),
+        latency(0.5),
+        latency(0.99),
+        stats.report.commits as f64 / took.as_secs_f64(),
+        stats.puts.records,
+        stats.puts.messages,
     );
+    stop.cancel();
+    running.await.expect("no panic").expect("all is put");
+    kinesis.delete_stream().stream_name(stream).send().await.expect("it is deleted");
+}
+
+async fn create_stream(kinesis: &Client, stream: &str) {
+    kinesis.create_stream().stream_name(stream).shard_count(4).send().await.expect("a stream");
+    tokio::time::sleep(Duration::from_secs(1)).await;
 }
 
 /// The program, with what it logs.
@@ -163,10 +201,14 @@ impl Running {
         ((ticks(11) + ticks(12)) / 100.0, kib / 1024.0)
     }
 
-    fn stop(mut self) {
+    /// Ends it, and gives its whole log.
+    fn stop(mut self) -> String {
         let pid = self.child.id().to_string();
         let _ = Command::new("kill").args(["-s", "TERM", &pid]).status();
         let _ = self.child.wait();
+        let log = self.wait_for("producer stopped", 1);
+        assert!(log.contains(" dead_letters=0"), "{log}");
+        log
     }
 }
 
@@ -184,46 +226,137 @@ fn send(address: &str, bytes: &[Vec<u8>]) {
     });
 }
 
-fn throughput(local: &Local, more: &[&str], messages: u64, bytes: &[Vec<u8>]) {
-    let spool = tempfile::tempdir().expect("a directory");
-    let running = Running::start(local, spool.path(), false, more);
-    let address = running.address();
-    let began = Instant::now();
-    send(&address, bytes);
-    running.wait_for("connection done", CONNECTIONS as usize);
-    tell(&format!("through {more:?}"), messages, began.elapsed(), &running);
-    running.stop();
+impl Bench {
+    fn start(messages: u64) -> Self {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let local = runtime.block_on(Local::start(LocalSettings::default())).expect("servers");
+        let kinesis = Client::new(&local.sdk_config());
+        let lines = traffic(messages);
+        let bytes = |lines: &Vec<String>| {
+            lines.iter().flat_map(|line| line.bytes().chain([4])).collect::<Vec<u8>>()
+        };
+        let bytes = lines.iter().map(bytes).collect();
+        let messages = lines.iter().map(|lines| lines.len() as u64).sum();
+        Self { runtime, local, kinesis, messages, lines, bytes }
+    }
+
+    fn throughput(&self, more: &[&str]) {
+        self.runtime.block_on(create_stream(&self.kinesis, STREAM));
+        let spool = tempfile::tempdir().expect("a directory");
+        let running = Running::start(&self.local, spool.path(), false, more);
+        let address = running.address();
+        let began = Instant::now();
+        send(&address, &self.bytes);
+        running.wait_for("connection done", CONNECTIONS as usize);
+        let took = began.elapsed();
+        tell(&format!("through {more:?}"), self.messages, took, &running);
+        let log = running.stop();
+        let of = |field: &str| -> f64 {
+            let value = log.rsplit(field).next().and_then(|rest| rest.split_whitespace().next());
+            value.and_then(|value| value.parse().ok()).expect("a number")
+        };
+        println!(
+            "  {:.0} fsyncs/s; {:.0} messages a record",
+            of(" commits=") / took.as_secs_f64(),
+            self.messages as f64 / of(" records="),
+        );
+        self.check(&[]);
+    }
+
+    fn drain(&self, more: &[&str]) {
+        self.runtime.block_on(create_stream(&self.kinesis, STREAM));
+        let spool = tempfile::tempdir().expect("a directory");
+        let mut running = Running::start(&self.local, spool.path(), true, more);
+        let address = running.address();
+        let began = Instant::now();
+        send(&address, &self.bytes);
+        running.wait_for("connection closed by the peer", CONNECTIONS as usize);
+        tell("received, AWS away", self.messages, began.elapsed(), &running);
+        // The last of it may not be in the spool yet.
+        thread::sleep(Duration::from_secs(2));
+        let _ = running.child.kill();
+        let _ = running.child.wait();
+
+        let began = Instant::now();
+        let running = Running::start(
+            &self.local,
+            spool.path(),
+            false,
+            &[more, &["--shutdown-limit", "10m"]].concat(),
+        );
+        let address = running.address();
+        let log = running.wait_for("waiting=", 1);
+        let waiting = log.split("waiting=").nth(1).and_then(|rest| rest.split(' ').next());
+        let waiting: u64 = waiting.and_then(|n| n.trim().parse().ok()).expect("a number");
+        println!(
+            "the spool was open after {:.1} s, with {waiting} of {} messages",
+            began.elapsed().as_secs_f64(),
+            self.messages
+        );
+        // All that was left goes before a message of the same host.
+        let last = "1,TMOV,last";
+        send(&address, &[[last.as_bytes(), &[4]].concat()]);
+        running.wait_for("connection done", 1);
+        tell(&format!("drain {more:?}"), waiting, began.elapsed(), &running);
+        running.stop();
+        self.check(&[last.to_owned()]);
+    }
+
+    /// Expects the messages of every connection in the stream, in order, and deletes the stream.
+    fn check(&self, more: &[String]) {
+        let mut found = self.runtime.block_on(stored(&self.kinesis));
+        let delete = self.kinesis.delete_stream().stream_name(STREAM);
+        self.runtime.block_on(delete.send()).expect("it is deleted");
+        thread::sleep(Duration::from_secs(1));
+        let mut sent = self.lines.clone();
+        sent.extend((!more.is_empty()).then(|| more.to_vec()));
+        found.sort();
+        sent.sort();
+        assert!(found == sent, "not everything is in the stream, in order");
+    }
 }
 
-fn drain(local: &Local, more: &[&str], messages: u64, bytes: &[Vec<u8>]) {
-    let spool = tempfile::tempdir().expect("a directory");
-    let running = Running::start(local, spool.path(), true, more);
-    let address = running.address();
-    let began = Instant::now();
-    send(&address, bytes);
-    running.wait_for("connection closed by the peer", CONNECTIONS as usize);
-    tell("received, AWS away", messages, began.elapsed(), &running);
-    thread::sleep(Duration::from_secs(2));
-    let mut killed = running;
-    let _ = killed.child.kill();
-    let _ = killed.child.wait();
-
-    let began = Instant::now();
-    let running =
-        Running::start(local, spool.path(), false, &[more, &["--shutdown-limit", "10m"]].concat());
-    let address = running.address();
-    let log = running.wait_for("waiting=", 1);
-    let waiting = log.split("waiting=").nth(1).and_then(|rest| rest.split(' ').next());
-    let waiting: u64 = waiting.and_then(|n| n.trim().parse().ok()).expect("a number");
-    println!(
-        "the spool was open after {:.1} s, with {waiting} of {messages} messages",
-        began.elapsed().as_secs_f64()
-    );
-    // All that was left goes before a message of the same host.
-    send(&address, &[b"1,TMOV,last\x04".to_vec()]);
-    running.wait_for("connection done", 1);
-    tell("drain", waiting, began.elapsed(), &running);
-    running.stop();
+/// The messages of each partition key.
+async fn stored(kinesis: &Client) -> Vec<Vec<String>> {
+    let mut by_key: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let shards = kinesis.list_shards().stream_name(STREAM).send().await.expect("shards");
+    for shard in shards.shards() {
+        let name = Arc::new(ShardName {
+            stream: STREAM.into(),
+            shard: shard.shard_id().to_owned().into(),
+            hash_key_range: None,
+        });
+        let iterator = kinesis
+            .get_shard_iterator()
+            .stream_name(STREAM)
+            .shard_id(shard.shard_id())
+            .shard_iterator_type(ShardIteratorType::TrimHorizon);
+        let mut next = iterator.send().await.expect("an iterator").shard_iterator;
+        while let Some(iterator) = next {
+            let read = kinesis.get_records().shard_iterator(iterator).send().await.expect("a read");
+            if read.records().is_empty() {
+                break;
+            }
+            for record in read.records() {
+                let record = Record {
+                    sequence_number: SequenceNumber::parse(record.sequence_number())
+                        .expect("a number"),
+                    partition_key: record.partition_key().expect("a key").to_owned(),
+                    arrived_at: None,
+                    data: record.data().as_ref().to_vec().into(),
+                };
+                let (mut messages, mut undecodable) = (Vec::new(), Vec::new());
+                unpack(&name, record, None, &mut messages, &mut undecodable);
+                assert!(undecodable.is_empty(), "{undecodable:?}");
+                for message in messages {
+                    let lines = by_key.entry(message.partition_key().to_owned()).or_default();
+                    lines.push(message.raw().to_owned());
+                }
+            }
+            next = read.next_shard_iterator;
+        }
+    }
+    by_key.into_values().collect()
 }
 
 fn tell(what: &str, messages: u64, took: Duration, running: &Running) {

@@ -296,7 +296,10 @@ class Traffic:
 
     def __init__(self, servers, stream, count, rate=0, connections=CONNECTIONS):
         self.servers, self.count, self.connections = servers, count, connections
-        self.producer = servers.tramline("produce", "--listen", "127.0.0.1:0", "--stream", stream)
+        spool = tempfile.mkdtemp(prefix="spool-", dir=servers.folder)
+        self.producer = servers.tramline(
+            "produce", "--listen", "127.0.0.1:0", "--stream", stream, "--spool", spool,
+        )
         listening = self.producer.until_logged(r"listening for OCS connections address=(\S+)")
         self.generator = servers.tramline(
             "generate", "--to", listening[1], "--messages", str(count), "--rate", str(rate),
