@@ -156,7 +156,10 @@ const WORKER: &[Family<WorkerStatus>] = &[
     .seconds(),
 ];
 
-const MOVES: &[(&str, fn(&LeaseMoves) -> u64)] = &[
+/// A value of a label, and what is counted or measured with it.
+type Labelled<T, V> = (&'static str, fn(&T) -> V);
+
+const MOVES: &[Labelled<LeaseMoves, u64>] = &[
     ("taken", |moves| moves.taken),
     ("handed-over", |moves| moves.handed_over),
     ("lost", |moves| moves.lost),
@@ -230,7 +233,7 @@ const SHARD: &[Family<ShardStatus>] = &[
     .seconds(),
 ];
 
-const QUANTILES: &[(&str, fn(&LatencySummary) -> f64)] = &[
+const QUANTILES: &[Labelled<LatencySummary, f64>] = &[
     ("0.5", |of| of.p50.as_secs_f64()),
     ("0.9", |of| of.p90.as_secs_f64()),
     ("0.99", |of| of.p99.as_secs_f64()),
