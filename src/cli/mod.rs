@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, and one model for flags, environment and file.
 
 mod application;
+mod check;
 mod config;
 mod consume;
 #[cfg(feature = "local")]
@@ -99,6 +100,7 @@ enum Command {
     Produce(produce::Produce),
     Consume(Box<consume::Consume>),
     Status(status::Status),
+    Check(check::Check),
     Lease(lease::Lease),
     Redrive(redrive::Redrive),
     Replay(replay::Replay),
@@ -162,6 +164,8 @@ async fn run(cli: Cli, recent: Recent) -> Outcome {
             consume.run(&aws_config(&cli.global).await?, watched, stop).await
         }
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
+        // It tells itself if there is no region.
+        Command::Check(check) => check.run(&load_aws_config(&cli.global).await, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
         Command::Replay(replay) => replay.run(&cli.global, stop).await,
@@ -169,12 +173,16 @@ async fn run(cli: Cli, recent: Recent) -> Outcome {
     }
 }
 
-async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send + Sync>> {
+async fn load_aws_config(global: &Global) -> SdkConfig {
     let mut loader = aws_config::defaults(BehaviorVersion::latest());
     if let Some(region) = &global.region {
         loader = loader.region(Region::new(region.clone()));
     }
-    let config = loader.load().await;
+    loader.load().await
+}
+
+async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send + Sync>> {
+    let config = load_aws_config(global).await;
     if config.region().is_none() {
         return Err("no AWS region is set; pass --region, set AWS_REGION or add one to the AWS \
                     profile"

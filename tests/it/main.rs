@@ -2,6 +2,7 @@
 
 mod archive;
 mod calm_fleet;
+mod check;
 mod consume;
 mod crash_points;
 mod demo;
