@@ -251,17 +251,18 @@ impl Report {
         row: &Permission,
         check: &str,
         call: impl Future<Output = Found>,
-    ) -> bool {
+    ) {
         let service = row.action.split(':').next().unwrap_or_default();
-        let found = match self.is_given_up(service) {
+        let mut found = match self.is_given_up(service) {
             Some(reason) => Err(Trouble::NotTried(reason.to_owned())),
             None => call.await,
         };
         self.note_service(service, &found);
-        let line = line(row, check, found);
-        let passed = line.outcome == Outcome::Pass;
-        self.lines.push(line);
-        passed
+        // Told already, for all of them.
+        if let Some(reason) = self.is_given_up(service) {
+            found = Err(Trouble::NotTried(reason.to_owned()));
+        }
+        self.lines.push(line(row, check, found));
     }
 
     /// Notes without a call.

@@ -1,12 +1,10 @@
-use std::io::{ErrorKind, Write as _};
-
 use aws_config::SdkConfig;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Outcome,
+    Outcome, print,
     values::{self, Output},
 };
 use crate::{
@@ -129,11 +127,7 @@ impl Check {
         } else {
             lines.iter().map(text).collect()
         };
-        match std::io::stdout().lock().write_all(text.as_bytes()) {
-            // A reader that has seen enough.
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
-            written => written?,
-        }
+        print(text.as_bytes())?;
         match failed {
             0 => Ok(()),
             _ => Err(format!("{failed} of {} checks failed", lines.len()).into()),

@@ -342,6 +342,34 @@ mod tests {
     }
 
     #[test]
+    fn how_much_is_logged_can_stand_in_the_file() {
+        let mut file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+        file.write_all(b"verbose = 2\n[demo]\nquiet = 1\n").expect("a write");
+        let mut args: Vec<OsString> = vec!["tramline".into(), "demo".into(), "--config".into()];
+        args.push(file.path().into());
+        let global = parse(args, &BTreeMap::new()).map(|parsed| parsed.cli.global).ok();
+        let global = global.expect("valid");
+        assert_eq!((global.verbose, global.quiet), (2, 1));
+    }
+
+    #[test]
+    fn what_is_checked_has_the_settings_of_the_command_and_its_own_win() {
+        let mut file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+        let toml = "[check]\nstream = \"own\"\n[consume]\nstream = \"read\"\napp = \"a\"\nprefetch = \"1MiB\"\n\
+                    [produce]\nstream = \"written\"\n";
+        file.write_all(toml.as_bytes()).expect("a write");
+        let given = |more: &[&str]| {
+            let mut args: Vec<OsString> = vec!["tramline".into(), "check".into()];
+            args.extend(more.iter().map(OsString::from));
+            args.extend(["--config".into(), file.path().into()]);
+            let parsed = parse(args, &BTreeMap::new()).ok().expect("valid");
+            format!("{:?}", parsed.cli.command)
+        };
+        assert!(given(&[]).contains("stream: [\"own\"], app: Some(\"a\")"));
+        assert!(given(&["--for", "produce"]).contains("stream: [\"own\"], app: None"));
+    }
+
+    #[test]
     fn the_rfcs_variables_rank_below_ours_and_above_the_file() {
         let rfc = ("KINESIS_STREAM", "rfc");
         let file = Some((".toml", FILE));

@@ -5,7 +5,7 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::{Outcome, values};
-use crate::{PartitionKey, Producer, ProducerSettings};
+use crate::{PartitionKey, Producer, ProducerSettings, telemetry};
 
 /// Receive OCS connections and write their messages to a stream
 ///
@@ -74,6 +74,7 @@ impl Produce {
         let producer = Producer::bind(config, &self.stream, self.listen, settings).await?;
         let address = producer.local_addr()?;
         tracing::info!(%address, stream = self.stream, "listening for OCS connections");
+        let _told = telemetry::tell_ready(stop.clone());
         producer.run(stop.cancelled_owned()).await?;
         Ok(())
     }

@@ -14,7 +14,7 @@ use tramline::{
 
 use crate::{
     proxy::{Fault, Proxy, Rule},
-    support::{Finished, Servers, run, tramline},
+    support::{Finished, Servers, run},
 };
 
 const STREAM: &str = "ctd-ocs-raw-messages";
@@ -277,7 +277,9 @@ fn no_region_no_credentials_wrong_credentials_and_no_answer_are_told_once_each()
     let proxy = Proxy::start(&servers);
     let rule = proxy.add(Rule::on("*", Fault::Refuse("UnrecognizedClientException")));
     let checked = check(proxy.tramline(&servers, &CONSUME));
-    assert!(checked.with("fail").iter().all(|line| line["check"] == "credentials"));
+    let failures = checked.with("fail");
+    assert!(!failures.is_empty());
+    assert!(failures.iter().all(|line| line["check"] == "credentials"), "{failures:#?}");
     rule.lift();
 
     let mut command = servers.tramline(&CONSUME);
@@ -303,7 +305,7 @@ fn for_people_there_is_one_line_each_and_the_settings_of_consume_count() {
         assert!(known.iter().any(|start| line.starts_with(start)), "{line}");
     }
     // Without an application there is nothing to check, and the exit code says so.
-    let checked = check(tramline(&["check", "--stream", STREAM, "--json"]));
+    let checked = check(servers.tramline(&["check", "--stream", STREAM, "--json"]));
     let failure = checked.only_failure();
     assert_eq!(failure["check"], "configuration");
     assert!(checked.finished.stderr.contains("1 of "), "{}", checked.finished.stderr);
