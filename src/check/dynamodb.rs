@@ -57,7 +57,9 @@ async fn describe(client: &Client, table: &str, exists: &mut Option<bool>) -> Fo
     *exists = Some(found.is_some());
     match found {
         Some(found) => judge(table, &found),
-        None => Ok("is not there yet: the first worker makes it, with dynamodb:CreateTable".to_owned()),
+        None => {
+            Ok("is not there yet: the first worker makes it, with dynamodb:CreateTable".to_owned())
+        }
     }
 }
 
@@ -69,8 +71,10 @@ fn judge(name: &str, table: &TableDescription) -> Found {
         let names: Vec<&str> = keys.iter().map(|(name, _)| *name).collect();
         return Err(Trouble::Wrong {
             detail: format!("it has the key {}, and is no lease table", names.join(", ")),
-            repair: format!("name another table with --lease-table; a lease table like {name} has the \
-                             partition key leaseKey, a string, and no sort key"),
+            repair: format!(
+                "name another table with --lease-table; a lease table like {name} has the \
+                             partition key leaseKey, a string, and no sort key"
+            ),
         });
     }
     match table.table_status() {
@@ -122,7 +126,8 @@ async fn access(client: &Client, action: &'static str, table: &str) -> Found {
         Ok(()) => Ok("allowed".to_owned()),
         Err(error) if error.kind() == AwsErrorKind::NotFound => Err(Trouble::Wrong {
             detail: error.to_string(),
-            repair: "check --app, --lease-table and the region, or let the first worker make it".into(),
+            repair: "check --app, --lease-table and the region, or let the first worker make it"
+                .into(),
         }),
         Err(error) => Err(error.into()),
     }

@@ -58,8 +58,7 @@ impl Streams {
     pub(super) async fn check(&self, report: &mut Report, settings: &Settings, name: &str) {
         let check = format!("stream {name}");
         let application = settings.application.as_deref().unwrap_or_default();
-        let mut seen =
-            Seen { polls: settings.retrieval == Retrieval::Polling, ..Seen::default() };
+        let mut seen = Seen { polls: settings.retrieval == Retrieval::Polling, ..Seen::default() };
         for row in report.rows(&[Resource::Stream, Resource::Consumer]) {
             match row.when {
                 When::Polling if !seen.polls => continue,
@@ -247,7 +246,8 @@ impl Streams {
     async fn put_several(&self, name: &str) -> Found {
         let record = PutRecordsRequestEntry::builder().partition_key("tramline check");
         let record = record.explicit_hash_key(NO_HASH_KEY).data(Blob::new(*b"x")).build();
-        let put = self.client.put_records().stream_name(name).set_records(record.ok().map(|r| vec![r]));
+        let put =
+            self.client.put_records().stream_name(name).set_records(record.ok().map(|r| vec![r]));
         match put.send().await.map_err(|error| aws::failure("kinesis:PutRecords", error)) {
             Ok(answer) if answer.failed_record_count == Some(1) => Ok("allowed".to_owned()),
             Ok(_) => Err(took_it()),

@@ -179,7 +179,8 @@ impl Report {
 
     async fn credentials(&mut self, config: &SdkConfig) -> bool {
         const CHECK: &str = "credentials";
-        let repair = "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role";
+        let repair =
+            "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role";
         let Some(provider) = config.credentials_provider() else {
             self.failed(CHECK, "there are none", repair);
             return false;
@@ -246,12 +247,7 @@ impl Report {
     }
 
     /// Makes a call, unless its service does not answer, and tells what came of it.
-    async fn tried(
-        &mut self,
-        row: &Permission,
-        check: &str,
-        call: impl Future<Output = Found>,
-    ) {
+    async fn tried(&mut self, row: &Permission, check: &str, call: impl Future<Output = Found>) {
         let service = row.action.split(':').next().unwrap_or_default();
         let mut found = match self.is_given_up(service) {
             Some(reason) => Err(Trouble::NotTried(reason.to_owned())),
@@ -418,8 +414,12 @@ mod tests {
     #[test]
     fn what_is_missing_is_named_and_what_is_not_needed_fails_nothing() {
         let told = line(row("kinesis:GetRecords"), "stream s", denied("AccessDeniedException: no"));
-        assert_eq!((told.outcome, told.missing_action), (Outcome::Fail, Some("kinesis:GetRecords")));
-        let told = line(row("kinesis:GetRecords"), "stream s", denied("KMSAccessDeniedException: k"));
+        assert_eq!(
+            (told.outcome, told.missing_action),
+            (Outcome::Fail, Some("kinesis:GetRecords"))
+        );
+        let told =
+            line(row("kinesis:GetRecords"), "stream s", denied("KMSAccessDeniedException: k"));
         assert_eq!(told.missing_action, Some("kms:Decrypt"));
         let optional = permissions::of(Command::Produce).find(|row| row.when == When::Granted);
         let told = line(optional.expect("a row"), "stream s", denied("AccessDeniedException: no"));
@@ -429,7 +429,8 @@ mod tests {
     #[test]
     fn a_service_that_does_not_answer_is_told_once() {
         let mut report = Report::new(Command::Consume);
-        let gone = || Err(AwsError::new("kinesis:ListShards", AwsErrorKind::Unreachable, "x").into());
+        let gone =
+            || Err(AwsError::new("kinesis:ListShards", AwsErrorKind::Unreachable, "x").into());
         for _ in 0..2 {
             report.note_service("kinesis", &gone());
         }

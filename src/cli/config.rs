@@ -51,7 +51,11 @@ pub(super) fn parse(
         let subcommand = matches.subcommand_name().map(str::to_owned);
         let file = matches.get_one::<std::path::PathBuf>("config").cloned();
         let checked = matches.subcommand_matches("check").map(checked);
-        Some((subcommand?, checked, file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into))))
+        Some((
+            subcommand?,
+            checked,
+            file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into)),
+        ))
     });
     let mut settings = BTreeMap::new();
     if let Some((subcommand, checked, file)) = named {

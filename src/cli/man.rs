@@ -22,7 +22,8 @@ impl ManPages {
     pub(super) fn run(self) -> Outcome {
         let Some(dir) = self.dir else {
             let mut page = Vec::new();
-            Man::new(Cli::command()).render(&mut page)?;
+            // `help` has no page.
+            Man::new(Cli::command().disable_help_subcommand(true)).render(&mut page)?;
             return print(&page);
         };
         clap_mangen::generate_to(Cli::command(), &dir).map_err(|error| {

@@ -251,7 +251,9 @@ mod tests {
         let mut commands = Vec::new();
         all(&Cli::command(), "tramline", &mut commands);
         assert!(commands.len() > 12);
-        for (path, mut command) in commands {
+        for (path, command) in commands {
+            // Not wrapped.
+            let mut command = command.term_width(0);
             let long = command.render_long_help().to_string();
             let short = command.render_help().to_string();
             let examples = examples(&long);
@@ -259,9 +261,11 @@ mod tests {
             assert!(short.ends_with(&long[long.find("Examples:").expect("examples")..]), "{path}");
             for example in examples {
                 // What the shell does with it does not concern us.
-                let own = example.split(" | ").find(|part| part.contains("tramline ")).unwrap_or("");
+                let own =
+                    example.split(" | ").find(|part| part.contains("tramline ")).unwrap_or("");
                 let words = own.split([' ']).filter(|word| !word.is_empty());
-                let words: Vec<&str> = words.take_while(|word| !matches!(*word, ">" | "&")).collect();
+                let words: Vec<&str> =
+                    words.take_while(|word| !matches!(*word, ">" | "&")).collect();
                 let Some(start) = words.iter().position(|word| *word == "tramline") else {
                     assert!(example.starts_with("aws "), "{example}");
                     continue;
@@ -282,7 +286,10 @@ mod tests {
             (vec!["tramline", "consum"], "'consume'"),
             (vec!["tramline", "lease", "rset"], "'reset'"),
             (vec!["tramline", "consume", "--strem", "s", "--app", "a"], "'--stream'"),
-            (vec!["tramline", "consume", "--stream", "s", "--app", "a", "--format", "jsn"], "'json'"),
+            (
+                vec!["tramline", "consume", "--stream", "s", "--app", "a", "--format", "jsn"],
+                "'json'",
+            ),
             (vec!["tramline", "--log-fromat", "json", "demo"], "'--log-format'"),
         ] {
             let args = args.iter().map(std::ffi::OsString::from);

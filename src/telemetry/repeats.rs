@@ -11,7 +11,6 @@ use tracing::{
     Event, Level, Metadata,
     callsite::Identifier,
     field::{Field, Visit},
-    subscriber::Interest,
 };
 use tracing_subscriber::layer::{Context, Filter};
 
@@ -65,9 +64,10 @@ impl Repeats {
 
     /// What was left out in windows that are over.
     fn ended(&mut self, now: Instant) -> Vec<LeftOut> {
-        let over = self.0.values_mut().filter(|site| {
-            site.left_out > 0 && now.duration_since(site.began) >= WINDOW
-        });
+        let over = self
+            .0
+            .values_mut()
+            .filter(|site| site.left_out > 0 && now.duration_since(site.began) >= WINDOW);
         over.map(|site| {
             (site.began, site.written) = (now, 0);
             let text = std::mem::take(&mut site.text);
@@ -99,10 +99,6 @@ impl RepeatFilter {
 impl<S> Filter<S> for RepeatFilter {
     fn enabled(&self, _: &Metadata<'_>, _: &Context<'_, S>) -> bool {
         true
-    }
-
-    fn callsite_enabled(&self, _: &'static Metadata<'static>) -> Interest {
-        Interest::always()
     }
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {

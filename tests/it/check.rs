@@ -101,9 +101,9 @@ fn contents(servers: &Servers) -> (i32, usize, usize) {
         let shards = servers.wait(servers.kinesis.list_shards().stream_name(stream).send());
         for shard in shards.expect("shards").shards.unwrap_or_default() {
             let opened = servers.kinesis.get_shard_iterator().stream_name(stream);
-            let opened = opened.shard_id(shard.shard_id).shard_iterator_type(
-                aws_sdk_kinesis::types::ShardIteratorType::TrimHorizon,
-            );
+            let opened = opened
+                .shard_id(shard.shard_id)
+                .shard_iterator_type(aws_sdk_kinesis::types::ShardIteratorType::TrimHorizon);
             let iterator = servers.wait(opened.send()).expect("a shard").shard_iterator;
             let read = servers.kinesis.get_records().set_shard_iterator(iterator);
             records += servers.wait(read.send()).expect("records").records.len();
@@ -127,7 +127,9 @@ fn where_all_is_well_all_passes_every_permission_has_a_line_and_nothing_is_chang
     ] {
         let checked = check(servers.tramline(&args));
         assert!(checked.with("fail").is_empty(), "{args:?}: {:#?}", checked.checks);
-        lines.extend(checked.checks.iter().filter_map(|check| check["action"].as_str().map(String::from)));
+        lines.extend(
+            checked.checks.iter().filter_map(|check| check["action"].as_str().map(String::from)),
+        );
         // What is not tried is what is there already, or what would make it.
         for line in checked.with("not-tried") {
             let action = line["action"].as_str().unwrap_or_default();
@@ -149,7 +151,9 @@ fn each_permission_that_is_missing_is_named() {
     let kinesis_letters = |row: &permissions::Permission| row.on == Resource::DeadLetterStream;
     for row in permissions::of(permissions::Command::Consume)
         .filter(|row| !matches!(row.when, When::Missing | When::Granted))
-        .chain(permissions::of(permissions::Command::Produce).filter(|row| row.when == When::Always))
+        .chain(
+            permissions::of(permissions::Command::Produce).filter(|row| row.when == When::Always),
+        )
     {
         let operation = match row.action.split_once(':').expect("an action").1 {
             "ListBucket" => "ListObjectsV2",
@@ -163,7 +167,8 @@ fn each_permission_that_is_missing_is_named() {
             _ if kinesis_letters(row) => with_kinesis_letters(retrieval),
             _ => with_s3_letters(retrieval),
         };
-        let code = if row.action.starts_with("s3:") { "AccessDenied" } else { "AccessDeniedException" };
+        let code =
+            if row.action.starts_with("s3:") { "AccessDenied" } else { "AccessDeniedException" };
         let rule = proxy.add(Rule::on(operation, Fault::Refuse(code)));
         let mut command = proxy.tramline(&servers, &args);
         command.env("AWS_ENDPOINT_URL_S3", proxy.url());
@@ -212,7 +217,9 @@ fn what_is_missing_is_told_with_what_makes_it() {
     let repairs: BTreeMap<&str, &str> = checked
         .with("fail")
         .into_iter()
-        .map(|line| (line["check"].as_str().expect("a text"), line["repair"].as_str().unwrap_or("")))
+        .map(|line| {
+            (line["check"].as_str().expect("a text"), line["repair"].as_str().unwrap_or(""))
+        })
         .collect();
     assert_eq!(
         repairs.keys().copied().collect::<Vec<_>>(),
@@ -295,7 +302,9 @@ fn for_people_there_is_one_line_each_and_the_settings_of_consume_count() {
     let servers = servers();
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("tramline.toml");
-    let toml = format!("stream = \"{STREAM}\"\n[consume]\napp = \"rtr-green\"\n[produce]\nlisten = \"127.0.0.1:0\"\n");
+    let toml = format!(
+        "stream = \"{STREAM}\"\n[consume]\napp = \"rtr-green\"\n[produce]\nlisten = \"127.0.0.1:0\"\n"
+    );
     fs::write(&file, toml).expect("a file");
     let finished =
         run(servers.tramline(&["check", "--config", &file.to_string_lossy()])).succeeded();

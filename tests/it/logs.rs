@@ -15,8 +15,9 @@ fn logged(folder: &Path, found: &mut BTreeSet<(String, String)>) {
             continue;
         }
         let text = fs::read_to_string(&path).expect("a file");
-        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-        let code = code.split("#[cfg(all(test").next().unwrap_or_default();
+        let tests = ["\nmod tests {", "\nmod server_tests {", "\npub(crate) mod tests {"];
+        let end = tests.iter().filter_map(|start| text.find(start)).min();
+        let code = &text[..end.unwrap_or(text.len())];
         for level in ["error", "warn"] {
             for call in code.split(&format!("tracing::{level}!(")).skip(1) {
                 let message = message(call);

@@ -2,6 +2,8 @@
 
 use std::{
     fs,
+    io::Write as _,
+    net::TcpStream,
     os::unix::{net::UnixDatagram, process::ExitStatusExt as _},
     path::Path,
     process::{Command, Stdio},
@@ -72,7 +74,10 @@ fn systemd_is_told_when_a_worker_is_ready_that_it_lives_and_when_it_stops() {
     let sent = systemd.sent();
     assert_eq!(sent.matches("READY=1").count(), 1, "{sent}");
     let place = |text: &str| sent.find(text).expect("told");
-    assert!(place("STATUS=") < place("READY=1") && place("READY=1") < place("STOPPING=1"), "{sent}");
+    assert!(
+        place("STATUS=") < place("READY=1") && place("READY=1") < place("STOPPING=1"),
+        "{sent}"
+    );
 }
 
 #[test]
@@ -103,7 +108,8 @@ fn stuck(servers: &Servers) -> Running {
 
 #[test]
 fn p6_a_second_signal_ends_the_process_at_once_with_its_exit_code() {
-    for (first, second, code) in [("TERM", "TERM", 143), ("TERM", "INT", 130), ("INT", "TERM", 143)] {
+    for (first, second, code) in [("TERM", "TERM", 143), ("TERM", "INT", 130), ("INT", "TERM", 143)]
+    {
         let servers = Servers::with_stream(STREAM, 1);
         let running = stuck(&servers);
         running.signal(first);
@@ -121,13 +127,24 @@ fn a_hangup_reads_the_level_of_the_log_again_and_stops_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("tramline.toml");
     fs::write(&file, "").expect("a file");
-    let config = ["--config", file.to_str().expect("a path")];
-    let running = Running::start(servers.tramline(&[&CONSUME[..], &config].concat()));
-    running.wait_for_log("lease taken");
+    let produce = ["produce", "--listen", "127.0.0.1:0", "--stream", STREAM, "--config"];
+    let config = [file.to_str().expect("a path")];
+    let running = Running::start(servers.tramline(&[&produce[..], &config].concat()));
+    running.wait_for_log("listening for OCS connections");
+    let log = running.stderr();
+    let (_, rest) = log.split_once("address=").expect("an address");
+    let address = rest.split_whitespace().next().expect("an address").to_owned();
+    let send = || {
+        let mut socket = TcpStream::connect(&address).expect("a connection");
+        socket.write_all(b"1,DIAG,12:00:00,line\x04").expect("a write");
+    };
+    send();
+    running.wait_for_log("connection closed by the peer");
     assert!(!running.stderr().contains("DEBUG"));
     fs::write(&file, "verbose = 1\n").expect("a file");
     running.signal("HUP");
     running.wait_for_log("the level of the log was read again");
+    send();
     running.wait_for_log("DEBUG");
     // A slip in the file changes nothing, and is told.
     fs::write(&file, "vrbose = 1\n").expect("a file");
