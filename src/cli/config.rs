@@ -366,7 +366,7 @@ mod tests {
             let mut args: Vec<OsString> = vec!["tramline".into(), "check".into()];
             args.extend(more.iter().map(OsString::from));
             args.extend(["--config".into(), file.path().into()]);
-            let parsed = parse(args, &BTreeMap::new()).ok().expect("valid");
+            let Ok(parsed) = parse(args, &BTreeMap::new()) else { panic!("not valid") };
             format!("{:?}", parsed.cli.command)
         };
         assert!(given(&[]).contains("stream: [\"own\"], app: Some(\"a\")"));
