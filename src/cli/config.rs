@@ -7,12 +7,12 @@
 use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
 use clap::{
-    Command, CommandFactory as _, Error, FromArgMatches as _,
+    ArgMatches, Command, CommandFactory as _, Error, FromArgMatches as _,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use serde_json::{Map, Value};
 
-use super::Cli;
+use super::{Cli, check::For};
 
 const PREFIX: &str = "TRAMLINE_";
 
@@ -50,12 +50,18 @@ pub(super) fn parse(
         // Of `lease reset` only the first word counts: its settings are those of `lease`.
         let subcommand = matches.subcommand_name().map(str::to_owned);
         let file = matches.get_one::<std::path::PathBuf>("config").cloned();
-        Some((subcommand?, file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into))))
+        let checked = matches.subcommand_matches("check").map(checked);
+        Some((
+            subcommand?,
+            checked,
+            file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into)),
+        ))
     });
     let mut settings = BTreeMap::new();
-    if let Some((subcommand, file)) = named {
+    if let Some((subcommand, checked, file)) = named {
         if let Some(file) = file {
-            settings = from_file(&command, &subcommand, &file)
+            let tables: Vec<&str> = checked.into_iter().chain([subcommand.as_str()]).collect();
+            settings = from_file(&command, &tables, &file)
                 .map_err(|message| command.error(ErrorKind::InvalidValue, message))?;
         }
         settings.extend(from_environment(environment));
@@ -66,6 +72,12 @@ pub(super) fn parse(
         command.try_get_matches_from(&args).map_err(|error| tell_origin(error, &settings))?;
     let cli = Cli::from_arg_matches(&matches)?;
     Ok(Parsed { cli, warnings: unknown_variables(environment) })
+}
+
+/// The command that `check` is to check: its settings apply too.
+fn checked(check: &ArgMatches) -> &'static str {
+    let produce = check.try_get_one::<For>("command").ok().flatten() == Some(&For::Produce);
+    if produce { "produce" } else { "consume" }
 }
 
 /// A value from the environment or the file.
@@ -101,11 +113,12 @@ fn setting(value: String, variable: &str) -> Setting {
     Setting { value, origin: format!("the environment variable {variable}") }
 }
 
-/// The settings of the file that apply to `subcommand`, by flag. Keys at the top apply to every command
-/// that has the flag; those in a table named after a command to that command only, and they win.
+/// The settings of the file that apply, by flag. Keys at the top apply to every command that has the flag;
+/// those in a table named after a command to that command only, and they win. Of `applying` tables, the last
+/// one does.
 fn from_file(
     command: &Command,
-    subcommand: &str,
+    applying: &[&str],
     file: &Path,
 ) -> Result<BTreeMap<String, Setting>, String> {
     let shown = file.display();
@@ -141,13 +154,14 @@ fn from_file(
             }
         }
     }
+    tables.sort_by_key(|(name, ..)| applying.iter().position(|table| table == name));
     for (name, table, entries) in tables {
         for (key, value) in entries {
             let path = format!("{name}.{key}");
             let flag =
                 known(key, flags(table).into_iter(), &format!("{shown}: unknown key `{path}`"))?;
             let setting = file_setting(value, takes_several(table, &flag), &shown, &path)?;
-            if name == subcommand {
+            if applying.contains(&name.as_str()) {
                 settings.insert(flag, setting);
             }
         }
@@ -335,6 +349,34 @@ mod tests {
         assert_eq!(consume(&[], &variable, file).expect("valid").stream, ["from-environment"]);
         let flag = ["--stream", "from-flag"];
         assert_eq!(consume(&flag, &variable, file).expect("valid").stream, ["from-flag"]);
+    }
+
+    #[test]
+    fn how_much_is_logged_can_stand_in_the_file() {
+        let mut file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+        file.write_all(b"verbose = 2\n[demo]\nquiet = 1\n").expect("a write");
+        let mut args: Vec<OsString> = vec!["tramline".into(), "demo".into(), "--config".into()];
+        args.push(file.path().into());
+        let global = parse(args, &BTreeMap::new()).map(|parsed| parsed.cli.global).ok();
+        let global = global.expect("valid");
+        assert_eq!((global.verbose, global.quiet), (2, 1));
+    }
+
+    #[test]
+    fn what_is_checked_has_the_settings_of_the_command_and_its_own_win() {
+        let mut file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+        let toml = "[check]\nstream = \"own\"\n[consume]\nstream = \"read\"\napp = \"a\"\nprefetch = \"1MiB\"\n\
+                    [produce]\nstream = \"written\"\n";
+        file.write_all(toml.as_bytes()).expect("a write");
+        let given = |more: &[&str]| {
+            let mut args: Vec<OsString> = vec!["tramline".into(), "check".into()];
+            args.extend(more.iter().map(OsString::from));
+            args.extend(["--config".into(), file.path().into()]);
+            let Ok(parsed) = parse(args, &BTreeMap::new()) else { panic!("not valid") };
+            format!("{:?}", parsed.cli.command)
+        };
+        assert!(given(&[]).contains("stream: [\"own\"], app: Some(\"a\")"));
+        assert!(given(&["--for", "produce"]).contains("stream: [\"own\"], app: None"));
     }
 
     #[test]

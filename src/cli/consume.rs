@@ -176,6 +176,7 @@ impl Consume {
             );
         }
         let observed = Arc::new(OnceLock::new());
+        let _told = telemetry::tell_of_worker(observed.clone(), stop.clone());
         let _served = match watched {
             Some(watched) => Some(self.serve(config, watched, observed.clone()).await?),
             None => None,

@@ -205,6 +205,7 @@ impl Produce {
         let _ = monitor.set(producer.monitor());
         let address = producer.local_addr()?;
         tracing::info!(%address, stream = self.stream, "listening for OCS connections");
+        let _told = telemetry::tell_ready(stop.clone());
         producer.run(stop.cancelled_owned()).await?;
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 mod archive;
 mod calm_fleet;
+mod check;
 mod consume;
 mod crash_points;
 mod demo;
@@ -16,6 +17,7 @@ mod hand_over;
 mod http;
 mod lease_faults;
 mod local;
+mod logs;
 mod produce;
 mod produce_faults;
 mod produce_listener;
@@ -26,6 +28,7 @@ mod redrive;
 mod replay;
 mod reset;
 mod sequence_monitor;
+mod signals;
 mod simulated_worker;
 mod simulation;
 mod state;
