@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
 use clap::{
-    Command, CommandFactory as _, Error, FromArgMatches as _,
+    ArgAction, Command, CommandFactory as _, Error, FromArgMatches as _,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use serde_json::{Map, Value};
@@ -71,7 +71,8 @@ pub(super) fn parse(
 /// A value from the environment or the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Setting {
-    value: String,
+    /// One, but for a list in the file.
+    values: Vec<String>,
     /// Where it was found, for error messages.
     origin: String,
 }
@@ -98,7 +99,7 @@ fn from_environment(environment: &BTreeMap<String, String>) -> BTreeMap<String, 
 }
 
 fn setting(value: String, variable: &str) -> Setting {
-    Setting { value, origin: format!("the environment variable {variable}") }
+    Setting { values: vec![value], origin: format!("the environment variable {variable}") }
 }
 
 /// The settings of the file that apply to `subcommand`, by flag. Keys at the top apply to every command
@@ -158,7 +159,7 @@ fn from_file(
 /// Whether a flag of the command, or of one below it, may be given several times.
 fn takes_several(command: &Command, flag: &str) -> bool {
     let own = command.get_arguments().filter(|arg| arg.get_long() == Some(flag));
-    own.into_iter().any(|arg| arg.get_value_delimiter().is_some())
+    own.into_iter().any(|arg| matches!(arg.get_action(), ArgAction::Append))
         || command.get_subcommands().any(|below| takes_several(below, flag))
 }
 
@@ -168,13 +169,12 @@ fn file_setting(
     file: &std::path::Display<'_>,
     key: &str,
 ) -> Result<Setting, String> {
-    let value = match value {
-        Value::String(text) => text.clone(),
-        Value::Number(number) => number.to_string(),
-        Value::Bool(flag) => flag.to_string(),
+    let values = match value {
+        Value::String(text) => vec![text.clone()],
+        Value::Number(number) => vec![number.to_string()],
+        Value::Bool(flag) => vec![flag.to_string()],
         Value::Array(texts) if several && texts.iter().all(Value::is_string) => {
-            let texts: Vec<&str> = texts.iter().filter_map(Value::as_str).collect();
-            texts.join(",")
+            texts.iter().filter_map(Value::as_str).map(str::to_owned).collect()
         }
         _ if several => {
             return Err(format!("{file}: the key `{key}` takes a text, or a list of texts"));
@@ -185,7 +185,7 @@ fn file_setting(
             ));
         }
     };
-    Ok(Setting { value, origin: format!("the key `{key}` in {file}") })
+    Ok(Setting { values, origin: format!("the key `{key}` in {file}") })
 }
 
 /// The flag that a key names, or what is wrong with it and the nearest one. Words of a key may be
@@ -234,7 +234,7 @@ fn with_defaults(
     let setting = |long: &str| settings.get(long).filter(|_| is_set(long));
     let apply = |command: Command| {
         command.mut_args(|arg| match arg.get_long().and_then(setting) {
-            Some(setting) => arg.default_value(setting.value.clone()).required(false),
+            Some(setting) => arg.default_values(setting.values.clone()).required(false),
             None => arg,
         })
     };
@@ -252,7 +252,8 @@ fn tell_origin(mut error: Error, settings: &BTreeMap<String, Setting>) -> Error 
         .as_deref()
         .and_then(|arg| arg.trim_start_matches('-').split([' ', '=']).next().map(str::to_owned));
     let setting = flag.and_then(|flag| settings.get(&flag));
-    if let Some(setting) = setting.filter(|setting| value.as_ref() == Some(&setting.value)) {
+    let is_of = |setting: &&Setting| value.as_ref().is_some_and(|v| setting.values.contains(v));
+    if let Some(setting) = setting.filter(is_of) {
         let origin = format!("the value comes from {}", setting.origin);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![origin.into()]));
     }

@@ -9,6 +9,7 @@ mod errors;
 mod exactly_once;
 mod examples;
 mod failure;
+mod feeds;
 mod fleet;
 mod fronts;
 mod generate;
