@@ -20,18 +20,17 @@ def connect(place):
 
 
 def main(place, name=""):
-    lines = connect(place).makefile("rw", encoding="utf-8", newline="\n")
+    connection = connect(place)
 
     def say(what):
-        lines.write(json.dumps(what) + "\n")
-        lines.flush()
+        connection.sendall(json.dumps(what).encode() + b"\n")
 
     say({"tramline": 1, "reader": name})
-    for line in lines:
+    for line in connection.makefile("rb"):
         message = json.loads(line)
         if "error" in message:
             sys.exit(message["error"])
-        if "serial" in message:  # Anything else is for later versions, or the first line of the feed.
+        if "serial" in message:  # Not the first line of the feed, nor what later versions may say.
             print(message["event"]["data"]["raw"], flush=True)  # What your service does.
             say({"ack": message["serial"]})  # Only now it is finished.
 

@@ -25,7 +25,7 @@ use crate::support::{LIMIT, Running, Servers, lines, raws, run, wait_for};
 const STREAM: &str = "ctd-ocs-raw-messages";
 
 fn consume(servers: &Servers, output: &[&str]) -> Command {
-    let common = ["consume", "--stream", STREAM, "--app", "rtr", "--lease-duration", "2s"];
+    let common = ["consume", "--stream", STREAM, "--app", "rtr"];
     servers.tramline(&[&common, output].concat())
 }
 
@@ -119,11 +119,7 @@ fn put(servers: &Servers, key: &str, from: usize, to: usize) {
 /// What the application has not finished: what its next worker writes.
 fn left(servers: &Servers, app: &str) -> Vec<String> {
     let args = ["consume", "--stream", STREAM, "--app", app, "--exit-when-idle", "1s"];
-    raws(
-        &run(servers.tramline(&[&args[..], &["--lease-duration", "2s"]].concat()))
-            .succeeded()
-            .stdout,
-    )
+    raws(&run(servers.tramline(&args)).succeeded().stdout)
 }
 
 #[test]
@@ -131,7 +127,8 @@ fn p1_a_worker_that_is_killed_repeats_what_was_not_acknowledged_and_loses_nothin
     let (_folder, path, place) = socket();
     let servers = Servers::with_stream(STREAM, 1);
     put(&servers, "k", 0, 100);
-    let output = ["--output", &place, "--acks", "--checkpoint-interval", "50ms"];
+    let output =
+        ["--output", &place, "--acks", "--checkpoint-interval", "50ms", "--lease-duration", "2s"];
     let mut worker = Running::start(consume(&servers, &output));
     let mut reader = unix(&path).hello("green");
     let sent: Vec<String> = (0..100).map(|_| reader.line().expect("a message")).collect();
@@ -164,7 +161,8 @@ fn p1_a_reader_that_vanishes_and_returns_goes_on_after_its_last_acknowledgement(
     let worker = Running::start(consume(&servers, &["--output", "tcp://127.0.0.1:0", "--acks"]));
     let address = address(&worker);
     let mut reader = tcp(&address).hello("green");
-    assert_eq!(reader.take(50), lines(0, 50));
+    // All of it: a connection that is closed before that is cut, and takes its last words with it.
+    assert_eq!(reader.take(100), lines(0, 100));
     reader.acknowledge(30);
     drop(reader);
     let mut reader = tcp(&address).hello("green");
@@ -279,6 +277,53 @@ fn p1_a_stop_while_nobody_reads_leaves_everything_to_the_next_worker() {
         worker.stop().succeeded();
     }
     assert_eq!(left(&servers, "rtr"), lines(0, 50));
+}
+
+#[test]
+fn p1_a_stop_under_a_reader_that_stalls_ends_in_time_and_loses_nothing() {
+    let servers = Servers::with_stream(STREAM, 1);
+    // More than the buffers of a socket take.
+    let padding = "x".repeat(1000);
+    let long = |n: usize| format!("{n},DIAG,12:00:00,{padding}");
+    let sent: Vec<String> = (0..12_000).map(long).collect();
+    for some in sent.chunks(400) {
+        servers.put_lines(STREAM, "k", some);
+    }
+    let output = ["--output", "tcp://127.0.0.1:0", "--shutdown-limit", "4s"];
+    let worker = Running::start(consume(&servers, &output));
+    let stalled = tcp(&address(&worker));
+    worker.wait_for_log("the reader takes nothing");
+    worker.stop().succeeded();
+    // What was on the way arrives all the same; the last line may be cut.
+    let mut text = String::new();
+    { stalled.lines }.read_to_string(&mut text).expect("text");
+    let (whole, _) = text.rsplit_once('\n').expect("lines");
+    let whole: Vec<String> = whole.lines().map(str::to_owned).collect();
+    let mut seen = raws(&whole);
+    assert!(seen.len() < sent.len(), "it did not stall");
+    assert_eq!(seen, sent[..seen.len()]);
+    seen.extend(left(&servers, "rtr"));
+    let seen: BTreeSet<String> = seen.into_iter().collect();
+    assert_eq!(seen, sent.into_iter().collect());
+}
+
+#[test]
+fn p1_the_end_of_a_time_window_waits_for_the_reader() {
+    let (_folder, path, place) = socket();
+    let servers = Servers::with_stream(STREAM, 1);
+    put(&servers, "k", 0, 50);
+    let until = jiff::Timestamp::now() + Duration::from_secs(1);
+    let output = ["--output", &place, "--acks", "--until", &until.to_string()];
+    let worker = Running::start(consume(&servers, &output));
+    let mut reader = unix(&path).hello("green");
+    assert_eq!(reader.take(50), lines(0, 50));
+    reader.acknowledge(20);
+    // By now nothing is left to read.
+    wait_for("the end of the window", || (jiff::Timestamp::now() > until).then_some(()));
+    thread::sleep(Duration::from_secs(1));
+    reader.acknowledge(50);
+    worker.finish().succeeded();
+    assert_eq!(left(&servers, "rtr"), [""; 0]);
 }
 
 #[test]

@@ -29,7 +29,7 @@ use super::{
 /// How many connections there may be at a time.
 const CONNECTIONS: usize = 256;
 /// How long a reader may take to say its first line.
-const HELLO_LIMIT: Duration = Duration::from_secs(10);
+const HELLO_LIMIT: Duration = Duration::from_secs(30);
 /// A peer that is silent for so long is asked whether it is still there.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 
