@@ -368,6 +368,14 @@ mod tests {
     }
 
     #[test]
+    fn an_output_of_a_list_may_have_a_comma() {
+        let toml = "stream = \"s\"\napp = \"a\"\noutput = [\"a=exec:x 1,2\", \"b=stdout\"]";
+        let given = consume(&[], &[], Some((".toml", toml))).expect("valid");
+        let names: Vec<_> = given.output.iter().filter_map(|output| output.name.clone()).collect();
+        assert_eq!(names, ["a", "b"]);
+    }
+
+    #[test]
     fn unknown_keys_are_errors_also_in_tables_of_other_commands() {
         for (toml, said) in [
             ("strem = 1", "unknown key `strem`; did you mean `stream`?"),

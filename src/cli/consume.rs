@@ -57,7 +57,7 @@ pub(super) struct Consume {
     /// PREFIX/YYYY-MM-DD/STREAM/SHARD/PLACE.txt. May be repeated, with NAME= before each: then each has its
     /// own position, that of the application APP-NAME
     #[arg(long, value_name = "[NAME=]PLACE", value_parser = values::output, default_value = "stdout")]
-    output: Vec<Output>,
+    pub(super) output: Vec<Output>,
 
     /// Let the readers say what they have finished, and keep the checkpoint before it: for unix, tcp and
     /// exec, by the protocol of docs/feeds.md

@@ -42,9 +42,6 @@ pub(crate) enum FeedError {
          use another path", path.display()
     )]
     NoSocket { path: PathBuf },
-    #[error(
-        "the command `{command}` cannot be run: {reason}; what the shell says of it is above; nothing was \
-         read from the stream that is not read again"
-    )]
+    #[error("the command `{command}` cannot be run: {reason}; the shell says above why")]
     Command { command: String, reason: String },
 }
