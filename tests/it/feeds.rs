@@ -282,11 +282,11 @@ fn p1_a_stop_while_nobody_reads_leaves_everything_to_the_next_worker() {
 #[test]
 fn p1_a_stop_under_a_reader_that_stalls_ends_in_time_and_loses_nothing() {
     let servers = Servers::with_stream(STREAM, 1);
-    // More than the buffers of a socket take.
-    let padding = "x".repeat(1000);
+    // More than the buffers of a socket take, and a record each, so that a checkpoint may be anywhere.
+    let padding = "x".repeat(10_000);
     let long = |n: usize| format!("{n},DIAG,12:00:00,{padding}");
-    let sent: Vec<String> = (0..12_000).map(long).collect();
-    for some in sent.chunks(400) {
+    let sent: Vec<String> = (0..1200).map(long).collect();
+    for some in sent.chunks(1) {
         servers.put_lines(STREAM, "k", some);
     }
     let output = ["--output", "tcp://127.0.0.1:0", "--shutdown-limit", "4s"];
@@ -305,6 +305,31 @@ fn p1_a_stop_under_a_reader_that_stalls_ends_in_time_and_loses_nothing() {
     seen.extend(left(&servers, "rtr"));
     let seen: BTreeSet<String> = seen.into_iter().collect();
     assert_eq!(seen, sent.into_iter().collect());
+}
+
+#[test]
+fn a_shard_that_waits_for_acknowledgements_is_told_and_left_alone() {
+    let (_folder, path, place) = socket();
+    let servers = Servers::with_stream(STREAM, 1);
+    put(&servers, "k", 0, 10);
+    let output = ["--output", &place, "--acks", "--watchdog", "2s"];
+    let worker = Running::start(consume(&servers, &output));
+    let mut reader = unix(&path).hello("green");
+    assert_eq!(reader.take(10), lines(0, 10));
+    // The shard ends, and there is nothing more to read.
+    let split = servers.kinesis.split_shard().stream_name(STREAM);
+    let split = split.shard_to_split("shardId-000000000000");
+    let split = split.new_starting_hash_key((u128::MAX / 2 + 1).to_string());
+    servers.wait(split.send()).expect("a split");
+    let told = "waits_for=acknowledgements of what the handler has taken";
+    worker.wait_for_log(told);
+    let log = worker.stderr();
+    let told = log.lines().find(|line| line.contains(told)).expect("the line");
+    assert!(told.contains("it is left alone"), "{told}");
+    reader.acknowledge(10);
+    put(&servers, "k", 10, 20);
+    while reader.take(1) != lines(19, 20) {}
+    worker.stop().succeeded();
 }
 
 #[test]
