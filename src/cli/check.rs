@@ -5,7 +5,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Outcome, print,
-    values::{self, Output},
+    values::{self, Output, Place},
 };
 use crate::{
     Checkpoints, DeadLetters, Retrieval,
@@ -73,7 +73,7 @@ pub(super) struct Check {
 
     /// Where messages go: stdout, or s3-archive://BUCKET/PREFIX
     #[arg(long, value_name = "PLACE", value_parser = values::output, default_value = "stdout")]
-    output: Output,
+    output: Vec<Output>,
 
     /// Print one JSON object on one line
     #[arg(long)]
@@ -110,10 +110,10 @@ impl Check {
             retrieval: self.retrieval,
             checkpoints: (!self.no_checkpoint).then_some(self.checkpoint),
             dead_letters: self.dead_letters,
-            archive: match self.output {
-                Output::Archive { bucket, prefix } => Some((bucket, prefix)),
+            archive: self.output.into_iter().find_map(|output| match output.place {
+                Place::Archive { bucket, prefix } => Some((bucket, prefix)),
                 _ => None,
-            },
+            }),
         };
         let lines = tokio::select! {
             lines = check::run(config, &settings) => lines,

@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
 use clap::{
-    ArgMatches, Command, CommandFactory as _, Error, FromArgMatches as _,
+    ArgAction, ArgMatches, Command, CommandFactory as _, Error, FromArgMatches as _,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use serde_json::{Map, Value};
@@ -83,7 +83,8 @@ fn checked(check: &ArgMatches) -> &'static str {
 /// A value from the environment or the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Setting {
-    value: String,
+    /// One, but for a list in the file.
+    values: Vec<String>,
     /// Where it was found, for error messages.
     origin: String,
 }
@@ -110,7 +111,7 @@ fn from_environment(environment: &BTreeMap<String, String>) -> BTreeMap<String, 
 }
 
 fn setting(value: String, variable: &str) -> Setting {
-    Setting { value, origin: format!("the environment variable {variable}") }
+    Setting { values: vec![value], origin: format!("the environment variable {variable}") }
 }
 
 /// The settings of the file that apply, by flag. Keys at the top apply to every command that has the flag;
@@ -172,7 +173,7 @@ fn from_file(
 /// Whether a flag of the command, or of one below it, may be given several times.
 fn takes_several(command: &Command, flag: &str) -> bool {
     let own = command.get_arguments().filter(|arg| arg.get_long() == Some(flag));
-    own.into_iter().any(|arg| arg.get_value_delimiter().is_some())
+    own.into_iter().any(|arg| matches!(arg.get_action(), ArgAction::Append))
         || command.get_subcommands().any(|below| takes_several(below, flag))
 }
 
@@ -182,19 +183,18 @@ fn file_setting(
     file: &std::path::Display<'_>,
     key: &str,
 ) -> Result<Setting, String> {
-    let value = match value {
-        Value::String(text) => text.clone(),
-        Value::Number(number) => number.to_string(),
-        Value::Bool(flag) => flag.to_string(),
+    let values = match value {
+        Value::String(text) => vec![text.clone()],
+        Value::Number(number) => vec![number.to_string()],
+        Value::Bool(flag) => vec![flag.to_string()],
         Value::Array(texts) if several && texts.iter().all(Value::is_string) => {
-            let texts: Vec<&str> = texts.iter().filter_map(Value::as_str).collect();
-            texts.join(",")
+            texts.iter().filter_map(Value::as_str).map(str::to_owned).collect()
         }
         Value::Object(entries) if several && entries.values().all(Value::is_string) => {
             let entry = |(name, value): (&String, &Value)| {
                 format!("{name}={}", value.as_str().unwrap_or_default())
             };
-            entries.iter().map(entry).collect::<Vec<_>>().join(",")
+            entries.iter().map(entry).collect()
         }
         _ if several => {
             return Err(format!("{file}: the key `{key}` takes a text, or a list of texts"));
@@ -205,7 +205,7 @@ fn file_setting(
             ));
         }
     };
-    Ok(Setting { value, origin: format!("the key `{key}` in {file}") })
+    Ok(Setting { values, origin: format!("the key `{key}` in {file}") })
 }
 
 /// The flag that a key names, or what is wrong with it and the nearest one. Words of a key may be
@@ -254,7 +254,7 @@ fn with_defaults(
     let setting = |long: &str| settings.get(long).filter(|_| is_set(long));
     let apply = |command: Command| {
         command.mut_args(|arg| match arg.get_long().and_then(setting) {
-            Some(setting) => arg.default_value(setting.value.clone()).required(false),
+            Some(setting) => arg.default_values(setting.values.clone()).required(false),
             None => arg,
         })
     };
@@ -272,7 +272,8 @@ fn tell_origin(mut error: Error, settings: &BTreeMap<String, Setting>) -> Error 
         .as_deref()
         .and_then(|arg| arg.trim_start_matches('-').split([' ', '=']).next().map(str::to_owned));
     let setting = flag.and_then(|flag| settings.get(&flag));
-    if let Some(setting) = setting.filter(|setting| value.as_ref() == Some(&setting.value)) {
+    let is_of = |setting: &&Setting| value.as_ref().is_some_and(|v| setting.values.contains(v));
+    if let Some(setting) = setting.filter(is_of) {
         let origin = format!("the value comes from {}", setting.origin);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![origin.into()]));
     }
@@ -412,6 +413,14 @@ mod tests {
         assert_eq!(streams(consume(&app, &variable, None)), ["a", "b"]);
         let file = Some((".toml", "stream = [\"a\", \"b\"]"));
         assert_eq!(streams(consume(&app, &[], file)), ["a", "b"]);
+    }
+
+    #[test]
+    fn an_output_of_a_list_may_have_a_comma() {
+        let toml = "stream = \"s\"\napp = \"a\"\noutput = [\"a=exec:x 1,2\", \"b=stdout\"]";
+        let given = consume(&[], &[], Some((".toml", toml))).expect("valid");
+        let names: Vec<_> = given.output.iter().filter_map(|output| output.name.clone()).collect();
+        assert_eq!(names, ["a", "b"]);
     }
 
     #[test]

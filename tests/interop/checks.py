@@ -380,6 +380,35 @@ def check_leases(servers, app, delivered):
     )
 
 
+def readers(servers):
+    """The example readers get every message, in order, and the checkpoint waits for them."""
+    stream, app = servers.create_stream("readers"), "readers-app"
+    examples = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "examples")
+    log = os.path.join(servers.folder, f"{servers.name}-reader.log")
+    consumer = servers.tramline(
+        "consume", "--stream", stream, "--app", app, "--acks",
+        "--output", "python=tcp://127.0.0.1:0",
+        "--output", f"shell=exec:exec sh '{examples}/reader.sh' '{log}'",
+    )
+    address = consumer.until_logged(r'listening for readers address="?([^"\s]+)')[1]
+    python = [sys.executable, f"{examples}/reader.py", f"tcp:{address}"]
+    reader = Process("reader", python, BARE_ENV, servers.folder)
+    Traffic(servers, stream, 300).finish()
+
+    def lines_of(path):
+        with open(path, "rb") as file:
+            return file.read().split(b"\n")[:-1]
+
+    for path, name in ((reader.stdout_path, "Python"), (log, "shell")):
+        wait_for(f"300 messages in {path}", lambda: os.path.exists(path) and len(lines_of(path)) >= 300)
+        servers.check(len(lines_of(path)) == 300, f"the {name} reader gets every message once", consumer)
+    servers.check_exit(consumer, consumer.terminate(), 0, "the feeds stop")
+    for name in ("python", "shell"):
+        rest = servers.tramline("consume", "--stream", stream, "--app", f"{app}-{name}", "--exit-when-idle", "3s")
+        servers.check_exit(rest, rest.exit_code(), 0, f"what the {name} reader left is read")
+        servers.check(not rest.stdout(), f"the {name} reader has acknowledged everything", consumer)
+
+
 def fan_out_only(servers):
     """Who insists on fan-out is told which operation the server does not know."""
     stream = servers.create_stream("fan-out-only")
@@ -912,7 +941,7 @@ def status_page(servers):
         browser.close()
 
 
-SCENARIOS = [delivery, fan_out_only, killed, latest]
+SCENARIOS = [delivery, readers, fan_out_only, killed, latest]
 PAGE_SCENARIOS = [status_page]
 AGGREGATE_SCENARIOS = [aggregates, written_aggregates]
 KCL_SCENARIOS = [relay, side_by_side]

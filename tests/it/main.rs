@@ -10,6 +10,7 @@ mod errors;
 mod exactly_once;
 mod examples;
 mod failure;
+mod feeds;
 mod fleet;
 mod fronts;
 mod generate;
