@@ -19,17 +19,17 @@ use crate::telemetry::{Recent, RecentLayer, RepeatFilter};
 /// How often it is told what was left out.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The log. Writes what is left when it is dropped.
+/// The log; cloning it gives the same.
+#[derive(Clone)]
 pub(super) struct Log {
-    _guard: WorkerGuard,
     filter: reload::Handle<Targets, Registry>,
     repeats: RepeatFilter,
 }
 
 impl Log {
     /// Starts to log to stderr, by a thread of its own: a reader of stderr that does not read costs log
-    /// lines, and nothing else.
-    pub(super) fn start(global: &Global, recent: Recent) -> Self {
+    /// lines, and nothing else. The guard writes what is left when it is dropped.
+    pub(super) fn start(global: &Global, recent: Recent) -> (Self, WorkerGuard) {
         let (filter, handle) = reload::Layer::new(filter(global));
         let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
         let repeats = RepeatFilter::default();
@@ -52,7 +52,7 @@ impl Log {
                 registry.with(layer.with_filter(repeats.clone())).init();
             }
         }
-        Self { _guard: guard, filter: handle, repeats }
+        (Self { filter: handle, repeats }, guard)
     }
 
     /// Logs from now on as much as these settings say.

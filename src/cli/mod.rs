@@ -27,7 +27,6 @@ use std::{
     io::{ErrorKind, Write as _},
     net::SocketAddr,
     process::ExitCode,
-    sync::Arc,
 };
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
@@ -136,7 +135,7 @@ pub fn main() -> ExitCode {
     };
     let cli: Cli = parsed.cli;
     let recent = Recent::default();
-    let log = Arc::new(Log::start(&cli.global, recent.clone()));
+    let (log, _guard) = Log::start(&cli.global, recent.clone());
     for warning in parsed.warnings {
         tracing::warn!("{warning}");
     }
@@ -147,7 +146,7 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(run(cli, recent, log.clone()));
+    let outcome = runtime.block_on(run(cli, recent, log));
     // A write to a full pipe may be stuck in a thread of its own; nothing waits for it any more.
     runtime.shutdown_background();
     match outcome {
@@ -159,7 +158,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli, recent: Recent, log: Arc<Log>) -> Outcome {
+async fn run(cli: Cli, recent: Recent, log: Log) -> Outcome {
     let stop = signals::stop_token();
     let _repeats = log.tell_repeats();
     if matches!(cli.command, Command::Produce(_) | Command::Consume(_)) {
