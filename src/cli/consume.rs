@@ -36,9 +36,7 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline consume --stream ctd-ocs-raw-messages --app rtr-green
-  tramline consume --stream ctd-ocs-raw-messages --app look --start latest --format raw
   tramline consume --stream ctd-ocs-raw-messages --app day --start service-day --exit-when-idle 10s
-  tramline consume --stream ctd-ocs-raw-messages --app archive --output s3-archive://ocs-logs/raw
   tramline consume --stream ctd-ocs-raw-messages --app ocs --output unix:///run/ocs.sock --acks
   tramline consume --stream ctd-ocs-raw-messages --app rtr \\
     --output green=tcp-connect://rtr-green:8001 --output blue=tcp-connect://rtr-blue:8001")]

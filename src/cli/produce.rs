@@ -27,7 +27,6 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline produce --stream ctd-ocs-raw-messages
-  tramline produce --listen 127.0.0.1:8001 --stream ctd-ocs-raw-messages --partition-key connection
   tramline produce --stream ctd-ocs-raw-messages --encoding batch --gzip --type-delay RGPS=200ms
   tramline produce --stream ctd-ocs-raw-messages --allow 10.108.0.0/16 --tls-cert ocs.pem --tls-key ocs.key
   LISTEN_PORT=8001 KINESIS_STREAM=ctd-ocs-raw-messages tramline produce")]
