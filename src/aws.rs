@@ -66,6 +66,12 @@ impl AwsError {
         self.kind
     }
 
+    /// What AWS or the network said.
+    #[cfg(feature = "cli")]
+    pub(crate) fn said(&self) -> &str {
+        &self.said
+    }
+
     /// Whether the same call may succeed later without anyone doing anything.
     pub fn is_transient(&self) -> bool {
         use AwsErrorKind::*;
@@ -307,7 +313,7 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
 }
 
 /// The causes of an error, outermost first, without those that only repeat their own cause.
-fn told(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn told(error: &(dyn Error + 'static)) -> String {
     let texts: Vec<String> = causes(error).map(ToString::to_string).collect();
     let mut told: Vec<&str> = Vec::new();
     for (n, text) in texts.iter().enumerate() {

@@ -57,6 +57,8 @@ compile_error!("Tramline runs on Unix: it uses its signals and file descriptors"
 
 mod aws;
 mod backoff;
+#[cfg(feature = "cli")]
+mod check;
 pub mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -68,6 +70,7 @@ pub mod lease;
 #[cfg(feature = "local")]
 pub mod local;
 pub mod ocs;
+pub mod permissions;
 mod produce;
 pub mod record;
 #[cfg(feature = "cli")]

@@ -7,12 +7,12 @@
 use std::{collections::BTreeMap, ffi::OsString, path::Path};
 
 use clap::{
-    Command, CommandFactory as _, Error, FromArgMatches as _,
+    ArgAction, ArgMatches, Command, CommandFactory as _, Error, FromArgMatches as _,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use serde_json::{Map, Value};
 
-use super::Cli;
+use super::{Cli, check::For};
 
 const PREFIX: &str = "TRAMLINE_";
 
@@ -50,12 +50,18 @@ pub(super) fn parse(
         // Of `lease reset` only the first word counts: its settings are those of `lease`.
         let subcommand = matches.subcommand_name().map(str::to_owned);
         let file = matches.get_one::<std::path::PathBuf>("config").cloned();
-        Some((subcommand?, file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into))))
+        let checked = matches.subcommand_matches("check").map(checked);
+        Some((
+            subcommand?,
+            checked,
+            file.or_else(|| environment.get("TRAMLINE_CONFIG").map(Into::into)),
+        ))
     });
     let mut settings = BTreeMap::new();
-    if let Some((subcommand, file)) = named {
+    if let Some((subcommand, checked, file)) = named {
         if let Some(file) = file {
-            settings = from_file(&command, &subcommand, &file)
+            let tables: Vec<&str> = checked.into_iter().chain([subcommand.as_str()]).collect();
+            settings = from_file(&command, &tables, &file)
                 .map_err(|message| command.error(ErrorKind::InvalidValue, message))?;
         }
         settings.extend(from_environment(environment));
@@ -68,10 +74,17 @@ pub(super) fn parse(
     Ok(Parsed { cli, warnings: unknown_variables(environment) })
 }
 
+/// The command that `check` is to check: its settings apply too.
+fn checked(check: &ArgMatches) -> &'static str {
+    let produce = check.try_get_one::<For>("command").ok().flatten() == Some(&For::Produce);
+    if produce { "produce" } else { "consume" }
+}
+
 /// A value from the environment or the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Setting {
-    value: String,
+    /// One, but for a list in the file.
+    values: Vec<String>,
     /// Where it was found, for error messages.
     origin: String,
 }
@@ -98,14 +111,15 @@ fn from_environment(environment: &BTreeMap<String, String>) -> BTreeMap<String, 
 }
 
 fn setting(value: String, variable: &str) -> Setting {
-    Setting { value, origin: format!("the environment variable {variable}") }
+    Setting { values: vec![value], origin: format!("the environment variable {variable}") }
 }
 
-/// The settings of the file that apply to `subcommand`, by flag. Keys at the top apply to every command
-/// that has the flag; those in a table named after a command to that command only, and they win.
+/// The settings of the file that apply, by flag. Keys at the top apply to every command that has the flag;
+/// those in a table named after a command to that command only, and they win. Of `applying` tables, the last
+/// one does.
 fn from_file(
     command: &Command,
-    subcommand: &str,
+    applying: &[&str],
     file: &Path,
 ) -> Result<BTreeMap<String, Setting>, String> {
     let shown = file.display();
@@ -141,13 +155,14 @@ fn from_file(
             }
         }
     }
+    tables.sort_by_key(|(name, ..)| applying.iter().position(|table| table == name));
     for (name, table, entries) in tables {
         for (key, value) in entries {
             let path = format!("{name}.{key}");
             let flag =
                 known(key, flags(table).into_iter(), &format!("{shown}: unknown key `{path}`"))?;
             let setting = file_setting(value, takes_several(table, &flag), &shown, &path)?;
-            if name == subcommand {
+            if applying.contains(&name.as_str()) {
                 settings.insert(flag, setting);
             }
         }
@@ -158,7 +173,7 @@ fn from_file(
 /// Whether a flag of the command, or of one below it, may be given several times.
 fn takes_several(command: &Command, flag: &str) -> bool {
     let own = command.get_arguments().filter(|arg| arg.get_long() == Some(flag));
-    own.into_iter().any(|arg| arg.get_value_delimiter().is_some())
+    own.into_iter().any(|arg| matches!(arg.get_action(), ArgAction::Append))
         || command.get_subcommands().any(|below| takes_several(below, flag))
 }
 
@@ -168,19 +183,18 @@ fn file_setting(
     file: &std::path::Display<'_>,
     key: &str,
 ) -> Result<Setting, String> {
-    let value = match value {
-        Value::String(text) => text.clone(),
-        Value::Number(number) => number.to_string(),
-        Value::Bool(flag) => flag.to_string(),
+    let values = match value {
+        Value::String(text) => vec![text.clone()],
+        Value::Number(number) => vec![number.to_string()],
+        Value::Bool(flag) => vec![flag.to_string()],
         Value::Array(texts) if several && texts.iter().all(Value::is_string) => {
-            let texts: Vec<&str> = texts.iter().filter_map(Value::as_str).collect();
-            texts.join(",")
+            texts.iter().filter_map(Value::as_str).map(str::to_owned).collect()
         }
         Value::Object(entries) if several && entries.values().all(Value::is_string) => {
             let entry = |(name, value): (&String, &Value)| {
                 format!("{name}={}", value.as_str().unwrap_or_default())
             };
-            entries.iter().map(entry).collect::<Vec<_>>().join(",")
+            entries.iter().map(entry).collect()
         }
         _ if several => {
             return Err(format!("{file}: the key `{key}` takes a text, or a list of texts"));
@@ -191,7 +205,7 @@ fn file_setting(
             ));
         }
     };
-    Ok(Setting { value, origin: format!("the key `{key}` in {file}") })
+    Ok(Setting { values, origin: format!("the key `{key}` in {file}") })
 }
 
 /// The flag that a key names, or what is wrong with it and the nearest one. Words of a key may be
@@ -240,7 +254,7 @@ fn with_defaults(
     let setting = |long: &str| settings.get(long).filter(|_| is_set(long));
     let apply = |command: Command| {
         command.mut_args(|arg| match arg.get_long().and_then(setting) {
-            Some(setting) => arg.default_value(setting.value.clone()).required(false),
+            Some(setting) => arg.default_values(setting.values.clone()).required(false),
             None => arg,
         })
     };
@@ -258,7 +272,8 @@ fn tell_origin(mut error: Error, settings: &BTreeMap<String, Setting>) -> Error 
         .as_deref()
         .and_then(|arg| arg.trim_start_matches('-').split([' ', '=']).next().map(str::to_owned));
     let setting = flag.and_then(|flag| settings.get(&flag));
-    if let Some(setting) = setting.filter(|setting| value.as_ref() == Some(&setting.value)) {
+    let is_of = |setting: &&Setting| value.as_ref().is_some_and(|v| setting.values.contains(v));
+    if let Some(setting) = setting.filter(is_of) {
         let origin = format!("the value comes from {}", setting.origin);
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![origin.into()]));
     }
@@ -338,6 +353,34 @@ mod tests {
     }
 
     #[test]
+    fn how_much_is_logged_can_stand_in_the_file() {
+        let mut file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+        file.write_all(b"verbose = 2\n[demo]\nquiet = 1\n").expect("a write");
+        let mut args: Vec<OsString> = vec!["tramline".into(), "demo".into(), "--config".into()];
+        args.push(file.path().into());
+        let global = parse(args, &BTreeMap::new()).map(|parsed| parsed.cli.global).ok();
+        let global = global.expect("valid");
+        assert_eq!((global.verbose, global.quiet), (2, 1));
+    }
+
+    #[test]
+    fn what_is_checked_has_the_settings_of_the_command_and_its_own_win() {
+        let mut file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+        let toml = "[check]\nstream = \"own\"\n[consume]\nstream = \"read\"\napp = \"a\"\nprefetch = \"1MiB\"\n\
+                    [produce]\nstream = \"written\"\n";
+        file.write_all(toml.as_bytes()).expect("a write");
+        let given = |more: &[&str]| {
+            let mut args: Vec<OsString> = vec!["tramline".into(), "check".into()];
+            args.extend(more.iter().map(OsString::from));
+            args.extend(["--config".into(), file.path().into()]);
+            let Ok(parsed) = parse(args, &BTreeMap::new()) else { panic!("not valid") };
+            format!("{:?}", parsed.cli.command)
+        };
+        assert!(given(&[]).contains("stream: [\"own\"], app: Some(\"a\")"));
+        assert!(given(&["--for", "produce"]).contains("stream: [\"own\"], app: None"));
+    }
+
+    #[test]
     fn the_rfcs_variables_rank_below_ours_and_above_the_file() {
         let rfc = ("KINESIS_STREAM", "rfc");
         let file = Some((".toml", FILE));
@@ -370,6 +413,14 @@ mod tests {
         assert_eq!(streams(consume(&app, &variable, None)), ["a", "b"]);
         let file = Some((".toml", "stream = [\"a\", \"b\"]"));
         assert_eq!(streams(consume(&app, &[], file)), ["a", "b"]);
+    }
+
+    #[test]
+    fn an_output_of_a_list_may_have_a_comma() {
+        let toml = "stream = \"s\"\napp = \"a\"\noutput = [\"a=exec:x 1,2\", \"b=stdout\"]";
+        let given = consume(&[], &[], Some((".toml", toml))).expect("valid");
+        let names: Vec<_> = given.output.iter().filter_map(|output| output.name.clone()).collect();
+        assert_eq!(names, ["a", "b"]);
     }
 
     #[test]

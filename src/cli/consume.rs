@@ -1,4 +1,6 @@
 use std::{
+    collections::BTreeSet,
+    error::Error,
     future::pending,
     io,
     sync::{Arc, OnceLock},
@@ -7,31 +9,37 @@ use std::{
 
 use aws_config::SdkConfig;
 use clap::Args;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use jiff::Timestamp;
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     Outcome, Watched, fleet,
-    values::{self, Output},
+    values::{self, Output, Place},
 };
 use crate::{
     Checkpoints, DeadLetters, Handler, MaxCheckpointAge, Observer, OnFailure, OnStuck, Retries,
     Retrieval, ShardId, StartPosition, Tolerance, Worker, WorkerBuilder,
-    feed::{Archive, Format, Stdout},
+    feed::{
+        Archive, Format, Stdout,
+        readers::{Connections, Doors, Encoding, Hub, Server, Spread, run_command, send_to},
+    },
     host,
-    telemetry::{self, Served},
+    telemetry::{self, Served, Subject},
 };
 
-/// Read a stream and write its messages to stdout or to an archive
+/// Read a stream and give its messages to stdout, to readers or to an archive
 ///
 /// Reads a stream as one worker of an application and writes its messages to stdout, which carries
-/// nothing else, or to an archive. It goes on where the application's workers stopped.
+/// nothing else; to readers over sockets or a pipe; or to an archive. It goes on where the application's
+/// workers stopped.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline consume --stream ctd-ocs-raw-messages --app rtr-green
-  tramline consume --stream ctd-ocs-raw-messages --app look --start latest --format raw
   tramline consume --stream ctd-ocs-raw-messages --app day --start service-day --exit-when-idle 10s
-  tramline consume --stream ctd-ocs-raw-messages --app archive --output s3-archive://ocs-logs/raw")]
+  tramline consume --stream ctd-ocs-raw-messages --app ocs --output unix:///run/ocs.sock --acks
+  tramline consume --stream ctd-ocs-raw-messages --app rtr \\
+    --output green=tcp-connect://rtr-green:8001 --output blue=tcp-connect://rtr-blue:8001")]
 pub(super) struct Consume {
     /// The stream to read; may be repeated, to read several with their leases in one table
     #[arg(long, value_name = "NAME", required = true, value_delimiter = ',')]
@@ -41,16 +49,37 @@ pub(super) struct Consume {
     #[arg(long, value_name = "NAME")]
     pub(super) app: String,
 
-    /// Where messages go: stdout, or s3-archive://BUCKET/PREFIX for the day's log in S3, as lines
-    /// MM/dd/yy,HH:mm:ss,TEXT in objects PREFIX/YYYY-MM-DD/STREAM/SHARD/PLACE.txt
-    #[arg(long, value_name = "PLACE", value_parser = values::output, default_value = "stdout")]
-    output: Output,
+    /// Where messages go: stdout; readers that connect to unix:///PATH or tcp://ADDRESS:PORT; a receiver
+    /// of raw OCS text at tcp-connect://HOST:PORT; the stdin of a shell command, exec:COMMAND; or the
+    /// day's log in S3, s3-archive://BUCKET/PREFIX, as lines MM/dd/yy,HH:mm:ss,TEXT in objects
+    /// PREFIX/YYYY-MM-DD/STREAM/SHARD/PLACE.txt. May be repeated, with NAME= before each: then each has its
+    /// own position, that of the application APP-NAME
+    #[arg(long, value_name = "[NAME=]PLACE", value_parser = values::output, default_value = "stdout")]
+    pub(super) output: Vec<Output>,
+
+    /// Let the readers say what they have finished, and keep the checkpoint before it: for unix, tcp and
+    /// exec, by the protocol of docs/feeds.md
+    #[arg(long)]
+    acks: bool,
+
+    /// The names of the readers of a socket: each gets every message, and has its own position, that of
+    /// the application APP-READER [default: one reader at a time]
+    #[arg(
+        long, value_name = "NAME", value_parser = values::name, value_delimiter = ',', requires = "acks",
+        conflicts_with = "share"
+    )]
+    readers: Vec<String>,
+
+    /// Share messages out among the readers of a socket, those of a partition key to one at a time, instead
+    /// of each getting every message
+    #[arg(long)]
+    share: bool,
 
     /// How old a message may get before it is written to the archive
     #[arg(long, value_name = "DURATION", value_parser = values::duration, default_value = "1m")]
     archive_interval: Duration,
 
-    /// How a message is written to stdout
+    /// How a message is written, but to a receiver of raw OCS text and to the archive
     #[arg(long, value_enum, default_value_t)]
     pub(super) format: Format,
 
@@ -161,6 +190,20 @@ pub(super) struct Consume {
     shutdown_limit: Duration,
 }
 
+/// Where the messages of one position go.
+enum Feed {
+    Stdout(Stdout),
+    Archive(Archive),
+    Hub(Arc<Hub>),
+    Command { hub: Arc<Hub>, command: String, encoding: Encoding },
+}
+
+/// One position in the streams: that of an application.
+struct Position {
+    application: String,
+    feed: Feed,
+}
+
 impl Consume {
     pub(super) async fn run(
         self,
@@ -168,6 +211,36 @@ impl Consume {
         watched: Option<Watched>,
         stop: CancellationToken,
     ) -> Outcome {
+        self.check(watched.is_some())?;
+        let opened = tokio::select! {
+            opened = self.open(config) => opened?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        // The connections to readers are held open until every worker has ended.
+        let (positions, _connections) = opened;
+        let observed = Arc::new(OnceLock::new());
+        let _told = telemetry::tell_of_worker(observed.clone(), stop.clone());
+        let _served = match watched {
+            Some(watched) => Some(self.serve(config, watched, observed.clone()).await?),
+            None => None,
+        };
+        let stop = stop.child_token();
+        let mut working: FuturesUnordered<_> = positions
+            .into_iter()
+            .map(|position| self.work(config, position, &observed, &stop))
+            .collect();
+        let mut outcome = Ok(());
+        while let Some(ended) = working.next().await {
+            if ended.is_err() {
+                stop.cancel();
+            }
+            outcome = outcome.and(ended);
+        }
+        outcome
+    }
+
+    /// Whether the settings go together.
+    fn check(&self, is_watched: bool) -> Outcome {
         if self.refuse_above_memory.is_some() && host::resident_bytes().is_none() {
             return Err(
                 "--refuse-above-memory needs /proc/self/status, which this system does not have; \
@@ -175,15 +248,173 @@ impl Consume {
                     .into(),
             );
         }
-        let observed = Arc::new(OnceLock::new());
-        let _served = match watched {
-            Some(watched) => Some(self.serve(config, watched, observed.clone()).await?),
-            None => None,
+        let is =
+            |wanted: fn(&Place) -> bool| self.output.iter().all(|output| wanted(&output.place));
+        let is_socket = |place: &Place| matches!(place, Place::Unix(_) | Place::Tcp(_));
+        if self.acks
+            && !is(|place| matches!(place, Place::Unix(_) | Place::Tcp(_) | Place::Exec(_)))
+        {
+            return Err("--acks is for readers that can answer: unix://, tcp:// and exec:".into());
+        }
+        if self.acks && self.format != Format::Json {
+            return Err("with --acks, messages are written as --format json".into());
+        }
+        if (self.share || !self.readers.is_empty()) && !is(is_socket) {
+            return Err(
+                "--share and --readers are for readers that connect: unix:// and tcp://".into()
+            );
+        }
+        if !is_each_once(self.readers.iter()) {
+            return Err("--readers has a name twice".into());
+        }
+        if self.output.len() * self.readers.len().max(1) == 1 {
+            return Ok(());
+        }
+        let names = self.output.iter().filter_map(|output| output.name.as_ref());
+        if self.output.len() > 1
+            && (names.clone().count() < self.output.len() || !is_each_once(names))
+        {
+            return Err(
+                "several outputs need a name each, for the application APP-NAME that keeps its \
+                        position: --output green=… --output blue=…"
+                    .into(),
+            );
+        }
+        let stdouts = self.output.iter().filter(|output| output.place == Place::Stdout);
+        if stdouts.count() > 1 {
+            return Err("stdout can be an output once".into());
+        }
+        let one_for_all = [
+            ("--http", is_watched),
+            ("--lease-table", self.lease_table.is_some()),
+            ("--checkpoint", self.checkpoint != Checkpoints::default()),
+        ];
+        match one_for_all.iter().find(|(_, is_set)| *is_set) {
+            Some((flag, _)) => Err(format!(
+                "{flag} is for one position, and several outputs or readers have several: run a process for \
+                 each"
+            )
+            .into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens the outputs, and gives their positions with the connections to their readers.
+    async fn open(
+        &self,
+        config: &SdkConfig,
+    ) -> Result<(Vec<Position>, Vec<Connections>), Box<dyn Error + Send + Sync>> {
+        let (mut positions, mut connections) = (Vec::new(), Vec::new());
+        let encoding = match self.acks {
+            true => Encoding::Numbered,
+            false => Encoding::Lines(self.format),
         };
+        for output in &self.output {
+            let application = match &output.name {
+                Some(name) => format!("{}-{name}", self.app),
+                None => self.app.clone(),
+            };
+            let mut add = |application, feed| positions.push(Position { application, feed });
+            match &output.place {
+                Place::Stdout => add(application, Feed::Stdout(Stdout::new(self.format)?)),
+                Place::Archive { bucket, prefix } => {
+                    let archive = Archive::open(config, bucket, prefix).await?;
+                    add(application, Feed::Archive(archive.interval(self.archive_interval)));
+                }
+                Place::TcpConnect(address) => {
+                    let hub = Hub::new(Spread::One, false);
+                    connections.push(send_to(address.clone(), hub.clone()));
+                    add(application, Feed::Hub(hub));
+                }
+                Place::Exec(command) => {
+                    let (hub, command) = (Hub::new(Spread::One, self.acks), command.clone());
+                    add(application, Feed::Command { hub, command, encoding });
+                }
+                Place::Unix(_) | Place::Tcp(_) => {
+                    let server = match &output.place {
+                        Place::Unix(path) => Server::unix(path)?,
+                        Place::Tcp(address) => Server::tcp(address).await?,
+                        _ => continue,
+                    };
+                    let doors = if self.readers.is_empty() {
+                        let spread = match (self.share, self.acks) {
+                            (true, _) => Spread::Shared,
+                            (false, true) => Spread::One,
+                            (false, false) => Spread::Every,
+                        };
+                        let hub = Hub::new(spread, self.acks);
+                        add(application, Feed::Hub(hub.clone()));
+                        Doors::One(hub)
+                    } else {
+                        let hubs = self.readers.iter().map(|reader| {
+                            let hub = Hub::new(Spread::One, self.acks);
+                            add(format!("{application}-{reader}"), Feed::Hub(hub.clone()));
+                            (reader.clone(), hub)
+                        });
+                        Doors::ByName(hubs.collect())
+                    };
+                    connections.push(server.serve(doors, encoding));
+                }
+            }
+        }
+        Ok((positions, connections))
+    }
+
+    /// Runs the worker of one position until it is done.
+    async fn work(
+        &self,
+        config: &SdkConfig,
+        position: Position,
+        observed: &OnceLock<Observer>,
+        stop: &CancellationToken,
+    ) -> Outcome {
+        let worker = self.worker(config, position.application);
+        match position.feed {
+            Feed::Stdout(stdout) => {
+                let feed = stdout.clone();
+                let gone = async {
+                    stdout.closed().await;
+                    tracing::info!("the reader of stdout has gone: stopping");
+                };
+                work(worker.handler(move |_| feed.clone()), observed, gone, stop).await
+            }
+            Feed::Archive(archive) => {
+                work(worker.handler(move |_| archive.handler()), observed, pending(), stop).await
+            }
+            Feed::Hub(hub) => {
+                let stopping = stop.clone();
+                let worker = worker.handler(move |_| hub.handler(stopping.clone()));
+                work(worker, observed, pending(), stop).await
+            }
+            Feed::Command { hub, command, encoding } => {
+                let (done, stop) = (CancellationToken::new(), stop.child_token());
+                let stopping = stop.clone();
+                let feed = hub.clone();
+                let worker = worker.handler(move |_| feed.handler(stopping.clone()));
+                let working = async {
+                    let outcome = work(worker, observed, pending(), &stop).await;
+                    done.cancel();
+                    outcome
+                };
+                let running = async {
+                    let outcome = run_command(command, hub, encoding, done.clone()).await;
+                    if outcome.is_err() {
+                        stop.cancel();
+                    }
+                    outcome
+                };
+                let (worked, ran) = tokio::join!(working, running);
+                Ok(ran.map_err(Box::new).map(|()| worked)??)
+            }
+        }
+    }
+
+    /// The worker of an application.
+    fn worker(&self, config: &SdkConfig, application: String) -> WorkerBuilder<()> {
         let (behind, memory) = (self.refuse_when_behind, self.refuse_above_memory);
-        let mut streams = self.stream.into_iter();
-        let mut worker = Worker::builder(config, streams.next().unwrap_or_default(), self.app)
-            .start(self.start)
+        let mut streams = self.stream.iter().cloned();
+        let mut worker = Worker::builder(config, streams.next().unwrap_or_default(), application)
+            .start(self.start.clone())
             .retrieval(self.retrieval)
             .lease_duration(self.lease_duration)
             .hand_over_limit(self.hand_over_limit)
@@ -198,7 +429,7 @@ impl Consume {
                 time_limit: None,
                 ..Retries::default()
             })
-            .checkpoints(self.checkpoint)
+            .checkpoints(self.checkpoint.clone())
             .watchdog(self.watchdog)
             .on_stuck(self.on_stuck)
             .max_leases(self.max_leases.map_or(usize::MAX, |limit| limit as usize))
@@ -214,8 +445,8 @@ impl Consume {
         if let Some(age) = self.max_checkpoint_age {
             worker = worker.max_checkpoint_age(age);
         }
-        if let Some(letters) = self.dead_letters {
-            worker = worker.dead_letters(letters);
+        if let Some(letters) = &self.dead_letters {
+            worker = worker.dead_letters(letters.clone());
         }
         if let Some(on_failure) = self.on_failure {
             worker = worker.on_failure(on_failure);
@@ -229,35 +460,22 @@ impl Consume {
         for stream in streams {
             worker = worker.and_stream(stream);
         }
-        if let Some(table) = self.lease_table {
-            worker = worker.lease_table(table);
+        if let Some(table) = &self.lease_table {
+            worker = worker.lease_table(table.clone());
         }
-        if let Some(id) = self.worker_id {
-            worker = worker.worker_id(id);
+        if let Some(id) = &self.worker_id {
+            worker = worker.worker_id(id.clone());
         }
         if let Some(limit) = self.exit_when_idle {
             worker = worker.stop_when_idle(limit);
         }
-        match self.output {
-            Output::Stdout => {
-                let stdout = Stdout::new(self.format)?;
-                let feed = stdout.clone();
-                let gone = async {
-                    stdout.closed().await;
-                    tracing::info!("the reader of stdout has gone: stopping");
-                };
-                work(worker.handler(move |_| feed.clone()), &observed, gone, stop).await
-            }
-            Output::Archive { bucket, prefix } => {
-                let archive = tokio::select! {
-                    opened = Archive::open(config, &bucket, &prefix) => opened?,
-                    () = stop.cancelled() => return Ok(()),
-                };
-                let archive = archive.interval(self.archive_interval);
-                work(worker.handler(move |_| archive.handler()), &observed, pending(), stop).await
-            }
-        }
+        worker
     }
+}
+
+fn is_each_once<'a>(mut names: impl Iterator<Item = &'a String>) -> bool {
+    let mut seen = BTreeSet::new();
+    names.all(|name| seen.insert(name))
 }
 
 impl Consume {
@@ -275,11 +493,13 @@ impl Consume {
         let served = Served {
             command: "consume",
             title: format!("{}, application {}", self.stream.join(", "), self.app),
-            worker: observed,
-            fleet: has_table.then(|| {
-                let table = self.lease_table.as_deref().unwrap_or(&self.app);
-                fleet::looker(config, &self.stream, table)
-            }),
+            subject: Subject::Worker {
+                observer: observed,
+                fleet: has_table.then(|| {
+                    let table = self.lease_table.as_deref().unwrap_or(&self.app);
+                    fleet::looker(config, &self.stream, table)
+                }),
+            },
             recent: watched.recent,
         };
         Ok(served.serve(listener))
@@ -291,7 +511,7 @@ async fn work<F, H>(
     worker: WorkerBuilder<F>,
     observed: &OnceLock<Observer>,
     gone: impl Future<Output = ()> + Send,
-    stop: CancellationToken,
+    stop: &CancellationToken,
 ) -> Outcome
 where
     F: Fn(&ShardId) -> H + Send + Sync + 'static,

@@ -1,6 +1,8 @@
 //! The command line: one file per subcommand, and one model for flags, environment and file.
 
 mod application;
+mod check;
+mod completions;
 mod config;
 mod consume;
 #[cfg(feature = "local")]
@@ -10,6 +12,8 @@ mod generate;
 mod lease;
 #[cfg(feature = "local")]
 mod local;
+mod log;
+mod man;
 mod produce;
 mod redrive;
 mod replay;
@@ -18,18 +22,18 @@ mod signals;
 mod status;
 mod values;
 
-use std::{error::Error, io::IsTerminal as _, net::SocketAddr, process::ExitCode};
+use std::{
+    error::Error,
+    io::{ErrorKind, Write as _},
+    net::SocketAddr,
+    process::ExitCode,
+};
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
-use tracing_appender::non_blocking::WorkerGuard;
-use tracing_subscriber::{
-    filter::{LevelFilter, Targets},
-    layer::SubscriberExt as _,
-    util::SubscriberInitExt as _,
-};
 
-use crate::telemetry::{Recent, RecentLayer};
+use self::log::Log;
+use crate::telemetry::Recent;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -100,11 +104,14 @@ enum Command {
     Produce(produce::Produce),
     Consume(Box<consume::Consume>),
     Status(status::Status),
+    Check(check::Check),
     Lease(lease::Lease),
     Redrive(redrive::Redrive),
     Replay(replay::Replay),
     Generate(generate::Generate),
     Schema(schema::Schema),
+    Completions(completions::Completions),
+    Man(man::ManPages),
 }
 
 /// Where a command is to tell how it is doing, and the latest of what it logged.
@@ -128,7 +135,7 @@ pub fn main() -> ExitCode {
     };
     let cli: Cli = parsed.cli;
     let recent = Recent::default();
-    let _log = start_logging(&cli.global, recent.clone());
+    let (log, _guard) = Log::start(&cli.global, recent.clone());
     for warning in parsed.warnings {
         tracing::warn!("{warning}");
     }
@@ -139,7 +146,7 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(run(cli, recent));
+    let outcome = runtime.block_on(run(cli, recent, log));
     // A write to a full pipe may be stuck in a thread of its own; nothing waits for it any more.
     runtime.shutdown_background();
     match outcome {
@@ -151,33 +158,47 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli, recent: Recent) -> Outcome {
+async fn run(cli: Cli, recent: Recent, log: Log) -> Outcome {
     let stop = signals::stop_token();
+    let _repeats = log.tell_repeats();
+    if matches!(cli.command, Command::Produce(_) | Command::Consume(_)) {
+        signals::on_hangup(move || reload(&log));
+    }
     let watched = cli.global.http.map(|address| Watched { address, recent });
     match cli.command {
         #[cfg(feature = "local")]
         Command::Demo(demo) => demo.run(stop).await,
         #[cfg(feature = "local")]
         Command::Local(local) => local.run(stop).await,
-        Command::Produce(produce) => produce.run(&aws_config(&cli.global).await?, stop).await,
+        Command::Produce(produce) => {
+            produce.run(&aws_config(&cli.global).await?, watched, stop).await
+        }
         Command::Consume(consume) => {
             consume.run(&aws_config(&cli.global).await?, watched, stop).await
         }
         Command::Status(status) => status.run(&aws_config(&cli.global).await?, stop).await,
+        // It tells itself if there is no region.
+        Command::Check(check) => check.run(&load_aws_config(&cli.global).await, stop).await,
         Command::Lease(lease) => lease.run(&aws_config(&cli.global).await?, stop).await,
         Command::Redrive(redrive) => redrive.run(&aws_config(&cli.global).await?, stop).await,
         Command::Replay(replay) => replay.run(&cli.global, stop).await,
         Command::Generate(generate) => generate.run(stop).await,
         Command::Schema(schema) => schema.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
     }
 }
 
-async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send + Sync>> {
+async fn load_aws_config(global: &Global) -> SdkConfig {
     let mut loader = aws_config::defaults(BehaviorVersion::latest());
     if let Some(region) = &global.region {
         loader = loader.region(Region::new(region.clone()));
     }
-    let config = loader.load().await;
+    loader.load().await
+}
+
+async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send + Sync>> {
+    let config = load_aws_config(global).await;
     if config.region().is_none() {
         return Err("no AWS region is set; pass --region, set AWS_REGION or add one to the AWS \
                     profile"
@@ -186,39 +207,26 @@ async fn aws_config(global: &Global) -> Result<SdkConfig, Box<dyn Error + Send +
     Ok(config)
 }
 
-/// Starts to log to stderr, by a thread of its own: a reader of stderr that does not read costs log
-/// lines, and nothing else. The guard writes what is left when it is dropped.
-fn start_logging(global: &Global, recent: Recent) -> WorkerGuard {
-    let level = match i16::from(global.verbose) - i16::from(global.quiet) {
-        ..=-2 => LevelFilter::ERROR,
-        -1 => LevelFilter::WARN,
-        0 => LevelFilter::INFO,
-        1.. => LevelFilter::DEBUG,
-    };
-    // What goes wrong below us comes back as an error, which is told once and better.
-    let others = if global.verbose >= 2 { LevelFilter::DEBUG } else { LevelFilter::ERROR };
-    let filter = Targets::new().with_default(others).with_target("tramline", level);
-    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
-    let registry = tracing_subscriber::registry().with(filter).with(RecentLayer(recent));
-    match global.log_format {
-        LogFormat::Text => {
-            let terminal = std::io::stderr().is_terminal();
-            let layer = tracing_subscriber::fmt::layer()
-                .with_writer(writer)
-                .with_ansi(terminal)
-                .with_target(false);
-            registry.with(layer).init();
+/// Reads the level of the log again, from where the process had it.
+fn reload(log: &Log) {
+    match config::parse(std::env::args_os(), &config::process_environment()) {
+        Ok(parsed) => {
+            log.set_level(&parsed.cli.global);
+            tracing::info!("SIGHUP: the level of the log was read again");
         }
-        LogFormat::Json => {
-            let layer = tracing_subscriber::fmt::layer()
-                .with_writer(writer)
-                .json()
-                .flatten_event(true)
-                .with_target(false);
-            registry.with(layer).init();
-        }
+        Err(error) => tracing::warn!(
+            "SIGHUP: the settings cannot be read, and stay as they were: {}",
+            error.to_string().replace('\n', " ")
+        ),
     }
-    guard
+}
+
+/// Prints to stdout. A reader that has seen enough is no error.
+fn print(bytes: &[u8]) -> Outcome {
+    match std::io::stdout().lock().write_all(bytes) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
 }
 
 #[cfg(test)]
@@ -226,6 +234,74 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    /// Every command, with those that it is below.
+    fn all(command: &clap::Command, path: &str, found: &mut Vec<(String, clap::Command)>) {
+        found.push((path.to_owned(), command.clone()));
+        for command in command.get_subcommands() {
+            all(command, &format!("{path} {}", command.get_name()), found);
+        }
+    }
+
+    /// The command lines that stand at the end of a help text.
+    fn examples(help: &str) -> Vec<String> {
+        let Some((_, examples)) = help.rsplit_once("Examples:\n") else { return Vec::new() };
+        let lines = examples.replace("\\\n", " ");
+        lines.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect()
+    }
+
+    #[test]
+    fn every_help_ends_with_examples_that_are_valid() {
+        let mut commands = Vec::new();
+        all(&Cli::command(), "tramline", &mut commands);
+        assert!(commands.len() > 12);
+        for (path, command) in commands {
+            // Not wrapped.
+            let mut command = command.term_width(0);
+            let long = command.render_long_help().to_string();
+            let short = command.render_help().to_string();
+            let examples = examples(&long);
+            assert!((2..=4).contains(&examples.len()), "{path}: {examples:#?}");
+            assert!(short.ends_with(&long[long.find("Examples:").expect("examples")..]), "{path}");
+            for example in examples {
+                // What the shell does with it does not concern us.
+                let own =
+                    example.split(" | ").find(|part| part.contains("tramline ")).unwrap_or("");
+                let words = own.split([' ']).filter(|word| !word.is_empty());
+                let words: Vec<&str> =
+                    words.take_while(|word| !matches!(*word, ">" | "&")).collect();
+                let Some(start) = words.iter().position(|word| *word == "tramline") else {
+                    assert!(example.starts_with("aws "), "{example}");
+                    continue;
+                };
+                let set = words[..start].iter().filter_map(|word| word.split_once('='));
+                let environment = set.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+                let args = words[start..].iter().map(std::ffi::OsString::from);
+                if let Err(error) = config::parse(args, &environment) {
+                    panic!("{example}: {error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_slip_suggests_what_was_meant() {
+        for (args, meant) in [
+            (vec!["tramline", "consum"], "'consume'"),
+            (vec!["tramline", "lease", "rset"], "'reset'"),
+            (vec!["tramline", "consume", "--strem", "s", "--app", "a"], "'--stream'"),
+            (
+                vec!["tramline", "consume", "--stream", "s", "--app", "a", "--format", "jsn"],
+                "'json'",
+            ),
+            (vec!["tramline", "--log-fromat", "json", "demo"], "'--log-format'"),
+        ] {
+            let args = args.iter().map(std::ffi::OsString::from);
+            let error = config::parse(args, &Default::default()).err().expect("an error");
+            let error = error.to_string();
+            assert!(error.contains("similar") && error.contains(meant), "{error}");
+        }
+    }
 
     #[test]
     fn every_command_has_a_line_in_the_list_and_more_in_its_help() {

@@ -1,14 +1,20 @@
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use aws_config::SdkConfig;
 use clap::Args;
 use ipnet::IpNet;
 use tokio_util::sync::CancellationToken;
 
-use super::{Outcome, values};
+use super::{Outcome, Watched, values};
 use crate::{
     BatchPolicy, Encoding, ListenerSettings, ListenerTls, OcsListener, PartitionKey,
     ProducerSettings, SequencePer, ShardRate, Spool,
+    telemetry::{self, Served, Subject},
 };
 
 /// Receive OCS connections and write their messages to a stream
@@ -21,7 +27,6 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline produce --stream ctd-ocs-raw-messages
-  tramline produce --listen 127.0.0.1:8001 --stream ctd-ocs-raw-messages --partition-key connection
   tramline produce --stream ctd-ocs-raw-messages --encoding batch --gzip --type-delay RGPS=200ms
   tramline produce --stream ctd-ocs-raw-messages --allow 10.108.0.0/16 --tls-cert ocs.pem --tls-key ocs.key
   LISTEN_PORT=8001 KINESIS_STREAM=ctd-ocs-raw-messages tramline produce")]
@@ -134,7 +139,26 @@ fn message_size(text: &str) -> Result<u32, String> {
 }
 
 impl Produce {
-    pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+    pub(super) async fn run(
+        self,
+        config: &SdkConfig,
+        watched: Option<Watched>,
+        stop: CancellationToken,
+    ) -> Outcome {
+        let monitor = Arc::new(OnceLock::new());
+        // Also before the spool is open, which may take its time after a crash.
+        let _served = match watched {
+            Some(Watched { address, recent }) => {
+                let served = Served {
+                    command: "produce",
+                    title: self.stream.clone(),
+                    subject: Subject::Producer(monitor.clone()),
+                    recent,
+                };
+                Some(served.serve(telemetry::bind(address).await?))
+            }
+            None => None,
+        };
         let defaults = ProducerSettings::default();
         let mut delays = BatchPolicy::default().delays;
         delays.extend(self.type_delay);
@@ -176,8 +200,11 @@ impl Produce {
             producer,
         };
         let producer = OcsListener::bind(config, &self.stream, self.listen, settings).await?;
+        // There is one, so it was not set before.
+        let _ = monitor.set(producer.monitor());
         let address = producer.local_addr()?;
         tracing::info!(%address, stream = self.stream, "listening for OCS connections");
+        let _told = telemetry::tell_ready(stop.clone());
         producer.run(stop.cancelled_owned()).await?;
         Ok(())
     }

@@ -5,7 +5,9 @@ use clap::Args;
 use super::Outcome;
 use crate::ocs::{BATCH_EVENT_TYPE, EVENT_TYPE, event_schema};
 
-/// Prints the JSON Schema (draft 2020-12) of an event type, or the types that there are.
+/// Print the JSON Schema of an event type
+///
+/// Prints the schema (draft 2020-12) of the type, or, without one, the types that there are.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tramline schema

@@ -1,4 +1,4 @@
-//! Signals: the first one stops cleanly, the second one at once.
+//! Signals: the first one stops cleanly, the second one at once; SIGHUP reads settings again.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -29,4 +29,17 @@ async fn watch(stop: CancellationToken) {
         stop.cancel();
         tracing::info!("{name}: stopping cleanly; send it again to end at once");
     }
+}
+
+/// Calls `again` for each SIGHUP, which ends the process no more.
+pub(super) fn on_hangup(again: impl Fn() + Send + 'static) {
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else {
+        tracing::error!("SIGHUP cannot be caught: it ends the process");
+        return;
+    };
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            again();
+        }
+    });
 }

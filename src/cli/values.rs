@@ -1,6 +1,6 @@
 //! Settings as people write them.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use clap::{ValueEnum, builder::PossibleValue};
@@ -171,26 +171,80 @@ pub(super) fn dead_letters(text: &str) -> Result<DeadLetters, String> {
         .ok_or_else(|| "write kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH".to_owned())
 }
 
-/// Where a worker's messages go.
+/// Where messages go, and the name of that.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Output {
-    Stdout,
-    Archive { bucket: String, prefix: String },
+pub(super) struct Output {
+    pub name: Option<String>,
+    pub place: Place,
 }
 
-/// An output.
-pub(super) fn output(text: &str) -> Result<Output, String> {
-    let archive = |place: &str| {
-        let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
-        let (bucket, prefix) = (bucket.to_owned(), prefix.to_owned());
-        (!bucket.is_empty()).then_some(Output::Archive { bucket, prefix })
-    };
-    match text.split_once("://") {
-        None if text == "stdout" => Some(Output::Stdout),
-        Some(("s3-archive", place)) => archive(place),
-        _ => None,
+/// Where messages go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    Stdout,
+    Archive {
+        bucket: String,
+        prefix: String,
+    },
+    /// A socket at this path, which readers connect to.
+    Unix(PathBuf),
+    /// An address and port that readers connect to.
+    Tcp(String),
+    /// An address and port to connect to.
+    TcpConnect(String),
+    /// A shell command.
+    Exec(String),
+}
+
+impl Place {
+    fn parse(text: &str) -> Option<Self> {
+        if text == "stdout" {
+            return Some(Self::Stdout);
+        }
+        if let Some(command) = text.strip_prefix("exec:") {
+            return (!command.trim().is_empty()).then(|| Self::Exec(command.to_owned()));
+        }
+        let address = |place: &str| {
+            let (host, port) = place.rsplit_once(':')?;
+            (!host.is_empty() && port.parse::<u16>().is_ok()).then(|| place.to_owned())
+        };
+        let (scheme, place) = text.split_once("://")?;
+        match scheme {
+            "s3-archive" => {
+                let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+                let (bucket, prefix) = (bucket.to_owned(), prefix.to_owned());
+                (!bucket.is_empty()).then_some(Self::Archive { bucket, prefix })
+            }
+            "unix" => {
+                (place.starts_with('/') && !place.ends_with('/')).then(|| Self::Unix(place.into()))
+            }
+            "tcp" => address(place).map(Self::Tcp),
+            "tcp-connect" => address(place).map(Self::TcpConnect),
+            _ => None,
+        }
     }
-    .ok_or_else(|| "write stdout or s3-archive://BUCKET/PREFIX".to_owned())
+}
+
+/// An output: a place, perhaps with a name before it.
+pub(super) fn output(text: &str) -> Result<Output, String> {
+    let named = text.split_once('=').filter(|(name, _)| is_name(name));
+    let (name, place) = named.map_or((None, text), |(name, place)| (Some(name.to_owned()), place));
+    Place::parse(place).map(|place| Output { name, place }).ok_or_else(|| {
+        "write stdout, unix:///PATH, tcp://ADDRESS:PORT, tcp-connect://HOST:PORT, exec:COMMAND or \
+         s3-archive://BUCKET/PREFIX, with NAME= before it to give it a position of its own"
+            .to_owned()
+    })
+}
+
+/// The name of an output or a reader, which becomes part of an application's.
+pub(super) fn name(text: &str) -> Result<String, String> {
+    is_name(text)
+        .then(|| text.to_owned())
+        .ok_or_else(|| "write a name of letters, digits, _ . and -".to_owned())
+}
+
+fn is_name(text: &str) -> bool {
+    is_stream_name(text)
 }
 
 /// The name of a stream.
@@ -332,6 +386,34 @@ mod tests {
         assert_eq!(start(time), Ok(StartPosition::At(time.parse().expect("a time"))));
         assert_eq!(start("2025-07-02T02:00:00-04:00"), start(time));
         assert!(start("yesterday").is_err());
+    }
+
+    #[test]
+    fn outputs_are_places_perhaps_with_a_name() {
+        let place = |text: &str| output(text).map(|output| (output.name, output.place));
+        let unnamed = |place| Ok((None, place));
+        assert_eq!(place("stdout"), unnamed(Place::Stdout));
+        assert_eq!(place("unix:///run/ocs.sock"), unnamed(Place::Unix("/run/ocs.sock".into())));
+        assert_eq!(place("tcp://[::]:7001"), unnamed(Place::Tcp("[::]:7001".to_owned())));
+        let command = "A=b exec reader --to=x,y";
+        assert_eq!(place(&format!("exec:{command}")), unnamed(Place::Exec(command.to_owned())));
+        assert_eq!(
+            place("green=tcp-connect://rtr-1:8001"),
+            Ok((Some("green".to_owned()), Place::TcpConnect("rtr-1:8001".to_owned())))
+        );
+        for wrong in [
+            "",
+            "stdin",
+            "unix://run",
+            "unix:///",
+            "tcp://7001",
+            "tcp://:1",
+            "exec: ",
+            "=stdout",
+            "a b=stdout",
+        ] {
+            assert!(output(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

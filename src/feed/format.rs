@@ -17,6 +17,8 @@ pub enum Format {
 
 #[derive(Serialize)]
 struct Place<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serial: Option<u64>,
     stream: &'a str,
     shard: &'a str,
     sequence_number: &'a str,
@@ -29,27 +31,37 @@ impl Format {
     /// Appends the line for `message` to `out`.
     pub fn write(self, message: &Message, out: &mut Vec<u8>) {
         match self {
-            Self::Json => {
-                let place = Place {
-                    stream: message.stream(),
-                    shard: message.shard().as_str(),
-                    sequence_number: message.sequence_number().as_str(),
-                    sub_sequence_number: message.sub_sequence_number(),
-                    partition_key: message.partition_key(),
-                    arrived_at: message.arrived_at(),
-                };
-                // Strings and numbers always have a JSON form, and a Vec takes every write.
-                if serde_json::to_writer(&mut *out, &place).is_ok() {
-                    out.pop();
-                    out.extend_from_slice(b",\"event\":");
-                    write_event(message, out);
-                    out.push(b'}');
-                }
-            }
+            Self::Json => write_json(None, message, out),
             Self::Event => write_event(message, out),
             Self::Raw => out.extend_from_slice(&message.raw_bytes()),
         }
         out.push(b'\n');
+    }
+
+    /// Appends the JSON line for `message`, beginning with its serial number on a connection.
+    #[cfg(feature = "cli")]
+    pub(crate) fn write_numbered(serial: u64, message: &Message, out: &mut Vec<u8>) {
+        write_json(Some(serial), message, out);
+        out.push(b'\n');
+    }
+}
+
+fn write_json(serial: Option<u64>, message: &Message, out: &mut Vec<u8>) {
+    let place = Place {
+        serial,
+        stream: message.stream(),
+        shard: message.shard().as_str(),
+        sequence_number: message.sequence_number().as_str(),
+        sub_sequence_number: message.sub_sequence_number(),
+        partition_key: message.partition_key(),
+        arrived_at: message.arrived_at(),
+    };
+    // Strings and numbers always have a JSON form, and a Vec takes every write.
+    if serde_json::to_writer(&mut *out, &place).is_ok() {
+        out.pop();
+        out.extend_from_slice(b",\"event\":");
+        write_event(message, out);
+        out.push(b'}');
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod archive;
 mod format;
+#[cfg(feature = "cli")]
+pub(crate) mod readers;
 mod stdout;
 
 pub use archive::{Archive, ArchiveError, ArchiveHandler};

@@ -257,7 +257,7 @@ impl<'a> IntoIterator for &'a Batch {
 
 /// What the tests of the handlers here share.
 #[cfg(test)]
-mod testing {
+pub(crate) mod testing {
     use std::sync::Arc;
 
     use super::*;
@@ -268,7 +268,7 @@ mod testing {
     };
 
     /// A batch of one record for each partition key and OCS line.
-    pub(super) fn batch(lines: &[(&str, &str)]) -> Batch {
+    pub(crate) fn batch(lines: &[(&str, &str)]) -> Batch {
         let shard = Arc::new(ShardName {
             stream: "s".into(),
             shard: "shardId-0".into(),
@@ -292,7 +292,7 @@ mod testing {
 
     /// Keeps what it is called with.
     #[derive(Debug, Default)]
-    pub(super) struct Recorder {
+    pub(crate) struct Recorder {
         pub batches: Vec<Vec<String>>,
         pub behind: Vec<Option<Duration>>,
         pub heard: Vec<&'static str>,
@@ -341,7 +341,7 @@ mod testing {
     }
 
     /// Calls everything but `handle`.
-    pub(super) async fn hear_everything(handler: &mut impl Handler) {
+    pub(crate) async fn hear_everything(handler: &mut impl Handler) {
         let tenure = Tenure { shard: "shardId-0".into(), lease_counter: 1, owner_switches: 0 };
         handler.started(&tenure).await;
         handler.ended().await;

@@ -65,6 +65,8 @@ pub use policy::BatchPolicy;
 pub use sequences::SequencePer;
 pub use shards::ShardRate;
 pub use spool::{Spool, SpoolError};
+#[cfg(all(test, feature = "cli"))]
+pub(crate) use stats::stats_of;
 pub use stats::{Failure, LaneStats, ProducerStats, PutStats, RetryReason, SourceStats, Waiting};
 pub use tls::{ListenerTls, TlsError};
 

@@ -97,6 +97,18 @@ pub enum RetryReason {
 }
 
 impl RetryReason {
+    /// Its name, in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Throttled => "throttled",
+            Self::Unreachable => "unreachable",
+            Self::Server => "server",
+            Self::Credentials => "credentials",
+            Self::Refused => "refused",
+            Self::Spool => "spool",
+        }
+    }
+
     pub(super) fn of(kind: AwsErrorKind) -> Self {
         match kind {
             AwsErrorKind::Throttled => Self::Throttled,
@@ -122,7 +134,7 @@ pub struct Failure {
 
 impl Failure {
     /// One that begins now.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { since: Timestamp::now(), failures: 0, reason: String::new() }
     }
 
@@ -201,5 +213,38 @@ impl PutStats {
 
     pub(super) fn retried(&mut self, reason: RetryReason) {
         *self.retries.entry(reason).or_default() += 1;
+    }
+}
+
+/// A producer with `lanes` lanes that is well.
+#[cfg(test)]
+pub(crate) fn stats_of(lanes: usize) -> ProducerStats {
+    let lane = |n: usize| LaneStats {
+        partition_key: format!("lane-{n}"),
+        source_ip: None,
+        puts: PutStats::default(),
+        waiting: Waiting::default(),
+    };
+    let mut puts = PutStats::default();
+    puts.retried(RetryReason::Throttled);
+    ProducerStats {
+        report: ProducerReport::default(),
+        puts,
+        waiting: Waiting::default(),
+        spool_limit_bytes: 1 << 30,
+        put_failure: None,
+        spool_failure: None,
+        lanes: (0..lanes).map(lane).collect(),
+        sources: vec![SourceStats {
+            source: "10.0.0.1".to_owned(),
+            messages: 1,
+            gaps: 0,
+            missing: 0,
+            repeats: 0,
+            backwards: 0,
+            resets: 0,
+            last: 1,
+            heard_at: Timestamp::UNIX_EPOCH,
+        }],
     }
 }

@@ -38,6 +38,7 @@ use super::{
 };
 use crate::{
     host,
+    produce::{ProducerMonitor, ProducerStats},
     worker::{Observer, WorkerStatus},
 };
 
@@ -61,15 +62,23 @@ const POLICY: &str = "default-src 'none'; connect-src 'self'; script-src 'unsafe
 pub(crate) type LookAtFleet =
     Box<dyn Fn() -> Pin<Box<dyn Future<Output = Fleet> + Send>> + Send + Sync>;
 
+/// What runs in the process; set when it does.
+pub(crate) enum Subject {
+    Worker {
+        observer: Arc<OnceLock<Observer>>,
+        /// Who reads what, if there is a lease table.
+        fleet: Option<LookAtFleet>,
+    },
+    Producer(Arc<OnceLock<ProducerMonitor>>),
+}
+
 /// What is told of a process.
 pub(crate) struct Served {
     /// The command that runs.
     pub command: &'static str,
     /// What it works on, for people.
     pub title: String,
-    /// Set when there is one.
-    pub worker: Arc<OnceLock<Observer>>,
-    pub fleet: Option<LookAtFleet>,
+    pub subject: Subject,
     pub recent: Recent,
 }
 
@@ -140,22 +149,39 @@ async fn sample(shared: &Shared) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if let Some(worker) = shared.served.worker.get() {
-            shared.history().sample(&worker.status());
+        if let Some(worker) = shared.worker() {
+            shared.history().sample(&worker);
         }
     }
 }
 
 impl Shared {
-    fn reasons(&self) -> (Option<WorkerStatus>, Vec<Reason>) {
-        let worker = self.served.worker.get().map(Observer::status);
-        let reasons = readiness::worker(worker.as_ref());
-        (worker, reasons)
+    fn worker(&self) -> Option<WorkerStatus> {
+        match &self.served.subject {
+            Subject::Worker { observer, .. } => observer.get().map(Observer::status),
+            Subject::Producer(_) => None,
+        }
+    }
+
+    async fn producer(&self) -> Option<ProducerStats> {
+        match &self.served.subject {
+            Subject::Worker { .. } => None,
+            Subject::Producer(monitor) => monitor.get()?.stats().await.ok(),
+        }
+    }
+
+    async fn look(&self) -> Look {
+        let (worker, producer) = (self.worker(), self.producer().await);
+        let reasons = match &self.served.subject {
+            Subject::Worker { .. } => readiness::worker(worker.as_ref()),
+            Subject::Producer(_) => readiness::producer(producer.as_ref()),
+        };
+        Look { worker, producer, reasons }
     }
 
     /// What the lease table tells, as of not long ago.
     async fn fleet(&self) -> Option<Fleet> {
-        let look = self.served.fleet.as_ref()?;
+        let Subject::Worker { fleet: Some(look), .. } = &self.served.subject else { return None };
         let mut last = self.fleet.lock().await;
         if let Some((at, fleet)) = &*last
             && at.elapsed() < FLEET_INTERVAL
@@ -176,17 +202,29 @@ impl Shared {
     }
 }
 
+/// How the process is at one moment.
+struct Look {
+    worker: Option<WorkerStatus>,
+    producer: Option<ProducerStats>,
+    reasons: Vec<Reason>,
+}
+
 async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
-    let (_, reasons) = shared.reasons();
+    let Look { reasons, .. } = shared.look().await;
     let ready = reasons.is_empty();
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     with_headers((code, Json(json!({"ready": ready, "reasons": reasons}))))
 }
 
 async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
-    let (worker, reasons) = shared.reasons();
-    let snapshot =
-        Snapshot { ready: reasons.is_empty(), resident_bytes: host::resident_bytes(), worker };
+    let Look { worker, producer, reasons } = shared.look().await;
+    let snapshot = Snapshot {
+        ready: reasons.is_empty(),
+        resident_bytes: host::resident_bytes(),
+        worker,
+        producer,
+        at: Timestamp::now(),
+    };
     match snapshot.text() {
         Ok(text) => with_headers(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text)),
         Err(error) => with_headers((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
@@ -195,7 +233,7 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
 
 async fn status(State(shared): State<Arc<Shared>>) -> Response {
     let fleet = shared.fleet().await;
-    let (worker, reasons) = shared.reasons();
+    let Look { worker, producer, reasons } = shared.look().await;
     let page = Page::new(Parts {
         at: Timestamp::now(),
         command: shared.served.command,
@@ -203,6 +241,7 @@ async fn status(State(shared): State<Arc<Shared>>) -> Response {
         reasons,
         resident_bytes: host::resident_bytes(),
         worker,
+        producer,
         fleet,
         history: &shared.history(),
         errors: shared.served.recent.entries(),

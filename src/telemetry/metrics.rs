@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use hdrhistogram::Histogram;
+use jiff::Timestamp;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, MetricEncoder, text},
@@ -11,6 +13,7 @@ use prometheus_client::{
 
 use crate::{
     latency::LatencySummary,
+    produce::{Failure, LaneStats, ProducerStats, SourceStats},
     worker::{LeaseMoves, ShardStatus, WorkerStatus},
 };
 
@@ -18,11 +21,14 @@ use crate::{
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What is told in one answer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Snapshot {
     pub ready: bool,
     pub resident_bytes: Option<u64>,
     pub worker: Option<WorkerStatus>,
+    pub producer: Option<ProducerStats>,
+    /// When that was.
+    pub at: Timestamp,
 }
 
 impl Snapshot {
@@ -58,13 +64,13 @@ struct Family<T: 'static> {
     help: &'static str,
     kind: Kind,
     unit: In,
-    value: fn(&T) -> Option<f64>,
+    value: fn(&T, Timestamp) -> Option<f64>,
 }
 
 const fn counter<T>(
     name: &'static str,
     help: &'static str,
-    value: fn(&T) -> Option<f64>,
+    value: fn(&T, Timestamp) -> Option<f64>,
 ) -> Family<T> {
     Family { name, help, kind: Kind::Counter, unit: In::Plain, value }
 }
@@ -72,7 +78,7 @@ const fn counter<T>(
 const fn gauge<T>(
     name: &'static str,
     help: &'static str,
-    value: fn(&T) -> Option<f64>,
+    value: fn(&T, Timestamp) -> Option<f64>,
 ) -> Family<T> {
     Family { name, help, kind: Kind::Gauge, unit: In::Plain, value }
 }
@@ -93,6 +99,7 @@ impl<T> Family<T> {
         &self,
         encoder: &mut DescriptorEncoder<'_>,
         all: impl IntoIterator<Item = (L, &'a T)>,
+        now: Timestamp,
     ) -> fmt::Result {
         let metric_type = match self.kind {
             Kind::Counter => MetricType::Counter,
@@ -106,7 +113,7 @@ impl<T> Family<T> {
         let mut metric =
             encoder.encode_descriptor(self.name, self.help, unit.as_ref(), metric_type)?;
         for (labels, of) in all {
-            if let Some(value) = (self.value)(of) {
+            if let Some(value) = (self.value)(of, now) {
                 sample(self.kind, metric.encode_family(&labels)?, value)?;
             }
         }
@@ -124,30 +131,35 @@ fn sample(kind: Kind, mut encoder: MetricEncoder<'_>, value: f64) -> fmt::Result
 type NoLabels = [(&'static str, &'static str); 0];
 
 const PROCESS: &[Family<Snapshot>] = &[
-    gauge("ready", "1 if /readyz says so, else 0", |of: &Snapshot| {
+    gauge("ready", "1 if /readyz says so, else 0", |of: &Snapshot, _| {
         Some(f64::from(u8::from(of.ready)))
     }),
-    gauge("resident_memory", "Memory of the process that is resident", |of: &Snapshot| {
+    gauge("resident_memory", "Memory of the process that is resident", |of: &Snapshot, _| {
         of.resident_bytes.map(|bytes| bytes as f64)
     })
     .bytes(),
 ];
 
 const WORKER: &[Family<WorkerStatus>] = &[
-    gauge("uptime", "How long the worker runs", |of: &WorkerStatus| Some(of.uptime.as_secs_f64()))
-        .seconds(),
-    gauge("leases_held", "Shards that the worker reads", |of: &WorkerStatus| {
+    gauge("uptime", "How long the worker runs", |of: &WorkerStatus, _| {
+        Some(of.uptime.as_secs_f64())
+    })
+    .seconds(),
+    gauge("leases_held", "Shards that the worker reads", |of: &WorkerStatus, _| {
         Some(of.shards.len() as f64)
     }),
     gauge(
         "lease_look_age",
         "Time since the last look for leases that worked",
-        |of: &WorkerStatus| of.looked.map(|ago| ago.as_secs_f64()),
+        |of: &WorkerStatus, _| of.looked.map(|ago| ago.as_secs_f64()),
     )
     .seconds(),
 ];
 
-const MOVES: &[(&str, fn(&LeaseMoves) -> u64)] = &[
+/// A value of a label, and what is counted or measured with it.
+type Labelled<T, V> = (&'static str, fn(&T) -> V);
+
+const MOVES: &[Labelled<LeaseMoves, u64>] = &[
     ("taken", |moves| moves.taken),
     ("handed-over", |moves| moves.handed_over),
     ("lost", |moves| moves.lost),
@@ -159,69 +171,69 @@ const SHARD: &[Family<ShardStatus>] = &[
     gauge(
         "shard_lag_milliseconds",
         "How far reading is behind the stream's tip",
-        |of: &ShardStatus| of.behind.map(|behind| behind.as_millis() as f64),
+        |of: &ShardStatus, _| of.behind.map(|behind| behind.as_millis() as f64),
     ),
-    counter("shard_records", "Records that were read", |of: &ShardStatus| {
+    counter("shard_records", "Records that were read", |of: &ShardStatus, _| {
         Some(of.counts.records as f64)
     }),
-    counter("shard_read", "Bytes of the records that were read", |of: &ShardStatus| {
+    counter("shard_read", "Bytes of the records that were read", |of: &ShardStatus, _| {
         Some(of.bytes as f64)
     })
     .bytes(),
-    counter("shard_messages", "Messages that the handler finished", |of: &ShardStatus| {
+    counter("shard_messages", "Messages that the handler finished", |of: &ShardStatus, _| {
         Some(of.counts.messages as f64)
     }),
     counter(
         "shard_undecodable",
         "Parts of records that could not be decoded",
-        |of: &ShardStatus| Some(of.counts.undecodable as f64),
+        |of: &ShardStatus, _| Some(of.counts.undecodable as f64),
     ),
     counter(
         "shard_misplaced",
         "KPL aggregates with user records of another shard",
-        |of: &ShardStatus| Some(of.counts.misplaced as f64),
+        |of: &ShardStatus, _| Some(of.counts.misplaced as f64),
     ),
     counter(
         "shard_failed_attempts",
         "Calls of the handler that failed or took too long",
-        |of: &ShardStatus| Some(of.counts.failed_attempts as f64),
+        |of: &ShardStatus, _| Some(of.counts.failed_attempts as f64),
     ),
-    counter("shard_dead_letters", "Dead letters that were stored", |of: &ShardStatus| {
+    counter("shard_dead_letters", "Dead letters that were stored", |of: &ShardStatus, _| {
         Some(of.counts.dead_letters as f64)
     }),
     counter(
         "shard_skipped",
         "Messages that were skipped because the handler failed",
-        |of: &ShardStatus| Some(of.counts.skipped as f64),
+        |of: &ShardStatus, _| Some(of.counts.skipped as f64),
     ),
-    counter("shard_stuck", "How often the watchdog found no progress", |of: &ShardStatus| {
+    counter("shard_stuck", "How often the watchdog found no progress", |of: &ShardStatus, _| {
         Some(of.counts.stuck as f64)
     }),
     gauge(
         "shard_stopped",
         "1 if the shard stopped because of a failure, else 0",
-        |of: &ShardStatus| Some(f64::from(u8::from(of.parked))),
+        |of: &ShardStatus, _| Some(f64::from(u8::from(of.parked))),
     ),
-    gauge("shard_waiting", "How long the shard waits for the same thing", |of: &ShardStatus| {
+    gauge("shard_waiting", "How long the shard waits for the same thing", |of: &ShardStatus, _| {
         Some(of.waits.as_secs_f64())
     })
     .seconds(),
     gauge(
         "shard_checkpoint_age",
         "How long something is finished that is not stored",
-        |of: &ShardStatus| Some(of.checkpoint_age.as_secs_f64()),
+        |of: &ShardStatus, _| Some(of.checkpoint_age.as_secs_f64()),
     )
     .seconds(),
-    counter("handler_calls", "Calls of the handler", |of: &ShardStatus| {
+    counter("handler_calls", "Calls of the handler", |of: &ShardStatus, _| {
         Some(of.handler.count as f64)
     }),
-    counter("handler_duration", "Time in calls of the handler", |of: &ShardStatus| {
+    counter("handler_duration", "Time in calls of the handler", |of: &ShardStatus, _| {
         Some(of.handler.total.as_secs_f64())
     })
     .seconds(),
 ];
 
-const QUANTILES: &[(&str, fn(&LatencySummary) -> f64)] = &[
+const QUANTILES: &[Labelled<LatencySummary, f64>] = &[
     ("0.5", |of| of.p50.as_secs_f64()),
     ("0.9", |of| of.p90.as_secs_f64()),
     ("0.99", |of| of.p99.as_secs_f64()),
@@ -232,23 +244,33 @@ impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let encoder = &mut encoder;
         let info = [("version", env!("CARGO_PKG_VERSION"))];
-        gauge::<()>("build_info", "1, and which version runs", |()| Some(1.0))
-            .encode(encoder, [(info, &())])?;
+        gauge::<()>("build_info", "1, and which version runs", |(), _| Some(1.0)).encode(
+            encoder,
+            [(info, &())],
+            self.at,
+        )?;
         let none: NoLabels = [];
         for family in PROCESS {
-            family.encode(encoder, [(none, self)])?;
+            family.encode(encoder, [(none, self)], self.at)?;
         }
-        match &self.worker {
-            Some(worker) => encode_worker(worker, encoder),
-            None => Ok(()),
+        if let Some(worker) = &self.worker {
+            encode_worker(worker, self.at, encoder)?;
         }
+        if let Some(producer) = &self.producer {
+            encode_producer(producer, self.at, encoder)?;
+        }
+        Ok(())
     }
 }
 
-fn encode_worker(worker: &WorkerStatus, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+fn encode_worker(
+    worker: &WorkerStatus,
+    now: Timestamp,
+    encoder: &mut DescriptorEncoder<'_>,
+) -> fmt::Result {
     let none: NoLabels = [];
     for family in WORKER {
-        family.encode(encoder, [(none, worker)])?;
+        family.encode(encoder, [(none, worker)], now)?;
     }
     let help = "Leases that came to the worker and went from it";
     let mut moves = encoder.encode_descriptor("lease_moves", help, None, MetricType::Counter)?;
@@ -260,7 +282,7 @@ fn encode_worker(worker: &WorkerStatus, encoder: &mut DescriptorEncoder<'_>) -> 
         [("stream", shard.stream.clone()), ("shard", shard.shard.name().into())]
     };
     for family in SHARD {
-        family.encode(encoder, worker.shards.iter().map(|shard| (labels(shard), shard)))?;
+        family.encode(encoder, worker.shards.iter().map(|shard| (labels(shard), shard)), now)?;
     }
     let help = "How long a call of the handler took in the last minutes, by quantile";
     let unit = Some(&Unit::Seconds);
@@ -276,16 +298,182 @@ fn encode_worker(worker: &WorkerStatus, encoder: &mut DescriptorEncoder<'_>) -> 
     Ok(())
 }
 
+fn age(since: Option<Timestamp>, now: Timestamp) -> f64 {
+    since.map_or(0.0, |since| now.duration_since(since).as_secs_f64().max(0.0))
+}
+
+fn failing(failure: &Option<Failure>, now: Timestamp) -> f64 {
+    age(failure.as_ref().map(|failure| failure.since), now)
+}
+
+const PRODUCER: &[Family<ProducerStats>] = &[
+    counter("produce_connections", "OCS connections accepted", |of: &ProducerStats, _| {
+        Some(of.report.connections as f64)
+    }),
+    counter(
+        "produce_refused_connections",
+        "Connections refused: not allowed, too many, or no TLS",
+        |of: &ProducerStats, _| Some(of.report.refused_connections as f64),
+    ),
+    counter("produce_messages", "Messages received", |of: &ProducerStats, _| {
+        Some(of.report.messages as f64)
+    }),
+    counter(
+        "produce_left_messages",
+        "Messages that an earlier process left in the spool",
+        |of: &ProducerStats, _| Some(of.report.left as f64),
+    ),
+    counter("produce_put_messages", "Messages that Kinesis has", |of: &ProducerStats, _| {
+        Some(of.report.put as f64)
+    }),
+    counter("produce_records", "Records that Kinesis has", |of: &ProducerStats, _| {
+        Some(of.report.records as f64)
+    }),
+    counter("produce_put", "Bytes of those records", |of: &ProducerStats, _| {
+        Some(of.report.bytes as f64)
+    })
+    .bytes(),
+    counter("produce_commits", "Writes to the spool", |of: &ProducerStats, _| {
+        Some(of.report.commits as f64)
+    }),
+    counter("produce_heartbeats", "Heartbeats received", |of: &ProducerStats, _| {
+        Some(of.report.heartbeats as f64)
+    }),
+    counter(
+        "produce_dead_letters",
+        "Oversized and unfinished messages, written to stderr",
+        |of: &ProducerStats, _| Some(of.report.dead_letters as f64),
+    ),
+    gauge("spool_messages", "Messages that Kinesis does not have yet", |of: &ProducerStats, _| {
+        Some(of.waiting.messages as f64)
+    }),
+    gauge("spool_used", "What these take in the spool", |of: &ProducerStats, _| {
+        Some(of.waiting.spooled_bytes as f64)
+    })
+    .bytes(),
+    gauge(
+        "spool_limit",
+        "How much may wait before the sockets are not read",
+        |of: &ProducerStats, _| Some(of.spool_limit_bytes as f64),
+    )
+    .bytes(),
+    gauge("spool_age", "How long the oldest of them waits", |of: &ProducerStats, now| {
+        Some(age(of.waiting.oldest, now))
+    })
+    .seconds(),
+    gauge(
+        "spool_failing",
+        "How long the spool takes nothing; 0 if it does",
+        |of: &ProducerStats, now| Some(failing(&of.spool_failure, now)),
+    )
+    .seconds(),
+    gauge(
+        "put_failing",
+        "How long records are not stored; 0 if they are",
+        |of: &ProducerStats, now| Some(failing(&of.put_failure, now)),
+    )
+    .seconds(),
+];
+
+const LANE: &[Family<LaneStats>] = &[
+    counter("lane_messages", "Messages that Kinesis has", |of: &LaneStats, _| {
+        Some(of.puts.messages as f64)
+    }),
+    counter("lane_records", "Records that Kinesis has", |of: &LaneStats, _| {
+        Some(of.puts.records as f64)
+    }),
+    counter("lane_put", "Bytes of those records", |of: &LaneStats, _| Some(of.puts.bytes as f64))
+        .bytes(),
+    gauge(
+        "lane_waiting_messages",
+        "Messages that Kinesis does not have yet",
+        |of: &LaneStats, _| Some(of.waiting.messages as f64),
+    ),
+    gauge("lane_age", "How long the oldest of them waits", |of: &LaneStats, now| {
+        Some(age(of.waiting.oldest, now))
+    })
+    .seconds(),
+];
+
+const SOURCE: &[Family<SourceStats>] = &[
+    counter("source_messages", "Messages with an OCS sequence number", |of: &SourceStats, _| {
+        Some(of.messages as f64)
+    }),
+    counter(
+        "source_gaps",
+        "How often OCS sequence numbers were left out",
+        |of: &SourceStats, _| Some(of.gaps as f64),
+    ),
+    counter("source_missing", "How many numbers that was", |of: &SourceStats, _| {
+        Some(of.missing as f64)
+    }),
+    counter("source_repeats", "Numbers that were there before", |of: &SourceStats, _| {
+        Some(of.repeats as f64)
+    }),
+];
+
+fn encode_producer(
+    stats: &ProducerStats,
+    now: Timestamp,
+    encoder: &mut DescriptorEncoder<'_>,
+) -> fmt::Result {
+    let none: NoLabels = [];
+    for family in PRODUCER {
+        family.encode(encoder, [(none, stats)], now)?;
+    }
+    let help = "Records that were put again, and why";
+    let mut retries = encoder.encode_descriptor("put_retries", help, None, MetricType::Counter)?;
+    for (reason, count) in &stats.puts.retries {
+        let labels = [("reason", reason.as_str())];
+        sample(Kind::Counter, retries.encode_family(&labels)?, *count as f64)?;
+    }
+    for (name, help, micros) in [
+        (
+            "put_duration_quantile",
+            "From sending a record to the answer",
+            &stats.puts.latency_micros,
+        ),
+        ("put_age_quantile", "From receiving a record's oldest message", &stats.puts.age_micros),
+    ] {
+        let unit = Some(&Unit::Seconds);
+        let mut quantiles = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        for quantile in ["0.5", "0.9", "0.99", "1"] {
+            let labels = [("quantile", quantile)];
+            sample(Kind::Gauge, quantiles.encode_family(&labels)?, seconds(micros, quantile))?;
+        }
+    }
+    let labels = |lane: &LaneStats| [("lane", lane.partition_key.clone())];
+    for family in LANE {
+        family.encode(encoder, stats.lanes.iter().map(|lane| (labels(lane), lane)), now)?;
+    }
+    for family in SOURCE {
+        let labels = |source: &SourceStats| [("source", source.source.clone())];
+        family.encode(encoder, stats.sources.iter().map(|source| (labels(source), source)), now)?;
+    }
+    Ok(())
+}
+
+fn seconds(micros: &Histogram<u32>, quantile: &str) -> f64 {
+    let quantile = quantile.parse().unwrap_or(1.0);
+    micros.value_at_quantile(quantile) as f64 / 1e6
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::worker::status_of;
+    use crate::{produce::stats_of, worker::status_of};
 
     fn everything() -> String {
         let worker = status_of(2);
-        let snapshot = Snapshot { ready: true, resident_bytes: Some(1024), worker: Some(worker) };
+        let snapshot = Snapshot {
+            ready: true,
+            resident_bytes: Some(1024),
+            worker: Some(worker),
+            producer: Some(stats_of(2)),
+            at: Timestamp::UNIX_EPOCH,
+        };
         snapshot.text().expect("a text")
     }
 

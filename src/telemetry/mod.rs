@@ -8,7 +8,11 @@ mod metrics;
 mod page;
 mod readiness;
 mod recent;
+mod repeats;
+mod systemd;
 
-pub(crate) use http::{LookAtFleet, Served, bind};
+pub(crate) use http::{LookAtFleet, Served, Subject, bind};
 pub(crate) use page::{Fleet, FleetShard};
 pub(crate) use recent::{Recent, RecentLayer};
+pub(crate) use repeats::RepeatFilter;
+pub(crate) use systemd::{tell_of_worker, tell_ready};

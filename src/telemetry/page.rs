@@ -1,6 +1,6 @@
 //! What the status page shows, as JSON: the page itself is a file that asks for it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     lease::overview::{ShardOverview, State},
+    produce::ProducerStats,
     worker::{LeaseMoves, ShardStatus, WorkerStatus},
 };
 
@@ -40,6 +41,8 @@ pub(super) struct Page {
     resident_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     worker: Option<WorkerPage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    producer: Option<ProducerPage>,
     shards: Vec<ShardRow>,
     /// Shards that are read to their end, which are not among `shards`.
     finished_shards: usize,
@@ -123,6 +126,7 @@ pub(super) struct Parts<'a> {
     pub reasons: Vec<Reason>,
     pub resident_bytes: Option<u64>,
     pub worker: Option<WorkerStatus>,
+    pub producer: Option<ProducerStats>,
     pub fleet: Option<Fleet>,
     pub history: &'a History,
     pub errors: Vec<Entry>,
@@ -130,8 +134,8 @@ pub(super) struct Parts<'a> {
 
 impl Page {
     pub(super) fn new(parts: Parts<'_>) -> Self {
-        let Parts { at, command, title, reasons, resident_bytes, worker, fleet, history, errors } =
-            parts;
+        let Parts { at, command, title, reasons, resident_bytes, history, errors, .. } = parts;
+        let (worker, producer, fleet) = (parts.worker, parts.producer, parts.fleet);
         let (fleet, fleet_error) = match fleet {
             None => (Vec::new(), None),
             Some(Ok(fleet)) => (fleet, None),
@@ -162,10 +166,78 @@ impl Page {
                 stuck: worker.counts.stuck,
                 lease_moves: worker.leases.into(),
             }),
+            producer: producer.map(|producer| ProducerPage::new(&producer, at)),
             shards,
             finished_shards: finished.len(),
             fleet_error,
             errors,
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct ProducerPage {
+    connections: u64,
+    refused_connections: u64,
+    messages: u64,
+    put: u64,
+    records: u64,
+    dead_letters: u64,
+    missing: u64,
+    retries: u64,
+    spool_messages: u64,
+    spool_bytes: u64,
+    spool_age_ms: u64,
+    put_error: Option<String>,
+    lanes: Vec<LaneRow>,
+}
+
+#[derive(Debug, Serialize)]
+struct LaneRow {
+    lane: String,
+    source_ip: Option<IpAddr>,
+    messages: u64,
+    records: u64,
+    waiting: u64,
+    age_ms: u64,
+    put_p50_ms: f64,
+    put_p99_ms: f64,
+}
+
+impl ProducerPage {
+    fn new(stats: &ProducerStats, at: Timestamp) -> Self {
+        let age = |oldest: Option<Timestamp>| {
+            let age = oldest.and_then(|oldest| Duration::try_from(at.duration_since(oldest)).ok());
+            millis(age.unwrap_or_default())
+        };
+        let lanes = stats.lanes.iter().map(|lane| {
+            let put_ms =
+                |quantile| lane.puts.latency_micros.value_at_quantile(quantile) as f64 / 1e3;
+            LaneRow {
+                lane: lane.partition_key.clone(),
+                source_ip: lane.source_ip,
+                messages: lane.puts.messages,
+                records: lane.puts.records,
+                waiting: lane.waiting.messages,
+                age_ms: age(lane.waiting.oldest),
+                put_p50_ms: put_ms(0.5),
+                put_p99_ms: put_ms(0.99),
+            }
+        });
+        Self {
+            connections: stats.report.connections,
+            refused_connections: stats.report.refused_connections,
+            messages: stats.report.messages,
+            put: stats.report.put,
+            records: stats.report.records,
+            dead_letters: stats.report.dead_letters,
+            missing: stats.report.missing,
+            retries: stats.puts.retries.values().sum(),
+            spool_messages: stats.waiting.messages,
+            spool_bytes: stats.waiting.spooled_bytes,
+            spool_age_ms: age(stats.waiting.oldest),
+            put_error: stats.put_failure.as_ref().map(|failure| failure.reason.clone()),
+            lanes: lanes.collect(),
         }
     }
 }
@@ -279,6 +351,7 @@ mod tests {
             reasons: Vec::new(),
             resident_bytes: None,
             worker: Some(status_of(1)),
+            producer: None,
             fleet: Some(fleet),
             history: &History::default(),
             errors: Vec::new(),

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::worker::{ShardStatus, WorkerStatus};
+use crate::{
+    produce::ProducerStats,
+    worker::{ShardStatus, WorkerStatus},
+};
 
 /// Why a process is not ready.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -55,6 +58,29 @@ pub(super) fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
     reasons
 }
 
+/// Why a producer is not ready: nothing, if what arrives is kept. Kinesis may be away, for that is what the
+/// spool is for, until it is full.
+pub(super) fn producer(stats: Option<&ProducerStats>) -> Vec<Reason> {
+    let reason = |reason, text| Reason { reason, shard: None, text };
+    let Some(stats) = stats else {
+        return vec![reason("starting", "the spool is opened".to_owned())];
+    };
+    let mut reasons = Vec::new();
+    if let Some(failure) = &stats.spool_failure {
+        let text = format!("the spool takes nothing since {}: {}", failure.since, failure.reason);
+        reasons.push(reason("spool-failing", text));
+    }
+    let (waiting, limit) = (stats.waiting.spooled_bytes, stats.spool_limit_bytes);
+    if waiting >= limit {
+        let why = stats.put_failure.as_ref().map_or("puts are too slow", |failure| &failure.reason);
+        let text = format!(
+            "the spool is full ({waiting} of {limit} bytes) and the sockets are not read: {why}"
+        );
+        reasons.push(reason("spool-full", text));
+    }
+    reasons
+}
+
 fn of_shard(shard: &ShardStatus, status: &WorkerStatus) -> Option<Reason> {
     let error = || shard.error.clone().unwrap_or_default();
     let (reason, text) = if shard.parked {
@@ -78,7 +104,20 @@ fn seconds(time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::worker::status_of;
+    use crate::{produce::stats_of, worker::status_of};
+
+    #[test]
+    fn a_producer_is_ready_while_it_keeps_what_arrives() {
+        assert_eq!(producer(None)[0].reason, "starting");
+        let mut stats = stats_of(2);
+        stats.put_failure = Some(crate::produce::Failure::new());
+        assert_eq!(producer(Some(&stats)), [], "it is spooled");
+        stats.waiting.spooled_bytes = stats.spool_limit_bytes;
+        assert_eq!(producer(Some(&stats))[0].reason, "spool-full");
+        stats.waiting.spooled_bytes = 0;
+        stats.spool_failure = Some(crate::produce::Failure::new());
+        assert_eq!(producer(Some(&stats))[0].reason, "spool-failing");
+    }
 
     fn names(status: &WorkerStatus) -> Vec<&'static str> {
         worker(Some(status)).into_iter().map(|reason| reason.reason).collect()

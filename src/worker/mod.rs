@@ -636,7 +636,8 @@ where
                     shard.meter.count(|counts| &counts.stuck, 1);
                     let secs = now.saturating_duration_since(doing.since).as_secs();
                     // A handler without a time limit may wait for ever, such as for its reader.
-                    let handler_may = waits_for == Step::Handles && retries.time_limit.is_none();
+                    let of_handler = matches!(waits_for, Step::Handles | Step::Acks);
+                    let handler_may = of_handler && retries.time_limit.is_none();
                     let on_stuck = if handler_may { OnStuck::Report } else { *on_stuck };
                     let next = match on_stuck {
                         OnStuck::Restart => "it is started again from its last checkpoint",

@@ -88,8 +88,8 @@ pub struct ShardStatus {
     pub waits: Duration,
     /// Whether it stopped because of a failure, and waits for a repair.
     pub parked: bool,
-    /// Whether what it waits for has a limit of its own, or is no sign of trouble.
-    pub(crate) bounded: bool,
+    /// Whether what it waits for has a limit of its own, so that waiting is no sign of trouble.
+    pub bounded: bool,
     /// How far it is behind the stream's tip, where that is known.
     pub behind: Option<Duration>,
     /// The last checkpoint that is stored.

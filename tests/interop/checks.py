@@ -294,11 +294,11 @@ def count_each(found):
 class Traffic:
     """OCS senders and the producer they are connected to."""
 
-    def __init__(self, servers, stream, count, rate=0, connections=CONNECTIONS):
+    def __init__(self, servers, stream, count, rate=0, connections=CONNECTIONS, encoding="array"):
         self.servers, self.count, self.connections = servers, count, connections
         spool = tempfile.mkdtemp(prefix="spool-", dir=servers.folder)
         self.producer = servers.tramline(
-            "produce", "--listen", "127.0.0.1:0", "--stream", stream, "--spool", spool,
+            "produce", "--listen", "127.0.0.1:0", "--stream", stream, "--spool", spool, "--encoding", encoding,
         )
         listening = self.producer.until_logged(r"listening for OCS connections address=(\S+)")
         self.generator = servers.tramline(
@@ -378,6 +378,35 @@ def check_leases(servers, app, delivered):
         stored == wanted, "the checkpoints are the last records delivered",
         detail=f"stored {stored}, delivered {wanted}",
     )
+
+
+def readers(servers):
+    """The example readers get every message, in order, and the checkpoint waits for them."""
+    stream, app = servers.create_stream("readers"), "readers-app"
+    examples = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "examples")
+    log = os.path.join(servers.folder, f"{servers.name}-reader.log")
+    consumer = servers.tramline(
+        "consume", "--stream", stream, "--app", app, "--acks",
+        "--output", "python=tcp://127.0.0.1:0",
+        "--output", f"shell=exec:exec sh '{examples}/reader.sh' '{log}'",
+    )
+    address = consumer.until_logged(r'listening for readers address="?([^"\s]+)')[1]
+    python = [sys.executable, f"{examples}/reader.py", f"tcp:{address}"]
+    reader = Process("reader", python, BARE_ENV, servers.folder)
+    Traffic(servers, stream, 300).finish()
+
+    def lines_of(path):
+        with open(path, "rb") as file:
+            return file.read().split(b"\n")[:-1]
+
+    for path, name in ((reader.stdout_path, "Python"), (log, "shell")):
+        wait_for(f"300 messages in {path}", lambda: os.path.exists(path) and len(lines_of(path)) >= 300)
+        servers.check(len(lines_of(path)) == 300, f"the {name} reader gets every message once", consumer)
+    servers.check_exit(consumer, consumer.terminate(), 0, "the feeds stop")
+    for name in ("python", "shell"):
+        rest = servers.tramline("consume", "--stream", stream, "--app", f"{app}-{name}", "--exit-when-idle", "3s")
+        servers.check_exit(rest, rest.exit_code(), 0, f"what the {name} reader left is read")
+        servers.check(not rest.stdout(), f"the {name} reader has acknowledged everything", consumer)
 
 
 def fan_out_only(servers):
@@ -480,9 +509,9 @@ class Fleet:
     def has_kcl_version(self):
         return any(row["leaseKey"]["S"] == "Migration3.0" for row in self.servers.rows(self.app))
 
-    def send(self, count):
+    def send(self, count, encoding="array"):
         self.sent += count
-        return Traffic(self.servers, self.stream, count, FLEET_RATE, FLEET_CONNECTIONS)
+        return Traffic(self.servers, self.stream, count, FLEET_RATE, FLEET_CONNECTIONS, encoding)
 
     def found(self):
         return [message for worker in self.workers.values() for message in messages(worker)]
@@ -525,9 +554,9 @@ class Fleet:
             if code:
                 raise GaveUp(f"{name} ended with exit code {code} on SIGTERM")
 
-    def stop_in_traffic(self, *names):
+    def stop_in_traffic(self, *names, encoding="array"):
         """Stops workers cleanly while messages come, and leaves some of them for others to read."""
-        traffic = self.send(800)
+        traffic = self.send(800, encoding)
         self.until_came(self.sent - 600)
         self.stop(*names)
         came = count_each(self.found())
@@ -592,10 +621,12 @@ def relay(servers):
     traffic.finish()
     fleet.check_complete("Tramline goes on where a Java KCL 3.x fleet stopped: no gap, nothing twice")
 
-    traffic = fleet.stop_in_traffic("rust-1", "rust-2")
+    traffic = fleet.stop_in_traffic("rust-1", "rust-2", encoding="kpl")
     fleet.kcl("3X", "java-3", "java-4", retrieval="fan-out")
     traffic.finish()
-    fleet.check_complete("a Java KCL 3.x fleet goes on where Tramline stopped: no gap, nothing twice")
+    fleet.check_complete(
+        "a Java KCL 3.x fleet goes on where Tramline stopped, also in KPL aggregates: no gap, nothing twice"
+    )
     fleet.stop("java-3", "java-4")
     fleet.check_calm()
     # Polling, it logs "Will retry the request" for ever; by fan-out, it subscribes anew several times a second.
@@ -764,6 +795,53 @@ def aggregates(servers):
         check_misplaced(servers, library)
 
 
+def written_aggregates(servers):
+    """The KPL aggregates that the producer writes, taken apart by AWS's libraries."""
+    stream = servers.create_stream("written")
+    Traffic(servers, stream, 600, encoding="kpl").finish()
+    records = stored(servers, stream)
+    magic = bytes.fromhex("f3899ac2")
+    aggregated = [record for record in records if base64.b64decode(record["data"]).startswith(magic)]
+    servers.check(len(aggregated) > 0, "the producer writes KPL aggregates", detail=f"{len(records)} records")
+    found = {}
+    for library, command in servers.aggregators.items():
+        done = subprocess.run(
+            [*command, "unpack"], input=encoded(records), capture_output=True, env=BARE_ENV, timeout=LIMIT,
+        )
+        if done.returncode:
+            raise GaveUp(f"{library} did not unpack: {done.stderr.decode(errors='replace')[-500:]}")
+        found[library] = {}
+        for user_record in (one for record in json.loads(done.stdout) for one in record):
+            event = json.loads(base64.b64decode(user_record["data"]))
+            number = int(event["data"]["raw"].split(",")[0])
+            found[library].setdefault(user_record["key"], []).append(number)
+    for library, keys in found.items():
+        in_order = all(numbers == list(range(numbers[0], numbers[0] + len(numbers))) for numbers in keys.values())
+        servers.check(
+            in_order and len(keys) == CONNECTIONS and sum(map(len, keys.values())) == 600,
+            f"the {library} library finds every message in them, in order",
+            detail=str({key: len(numbers) for key, numbers in keys.items()}),
+        )
+
+
+def stored(servers, stream):
+    """Every record of a stream, shard after shard."""
+    records = []
+    for shard in servers.call("kinesis", "ListShards", StreamName=stream)["Shards"]:
+        iterator = servers.call(
+            "kinesis", "GetShardIterator", StreamName=stream, ShardId=shard["ShardId"],
+            ShardIteratorType="TRIM_HORIZON",
+        )["ShardIterator"]
+        empty = 0
+        # An answer without records may be followed by one with some.
+        while iterator and empty < 2:
+            answer = servers.call("kinesis", "GetRecords", ShardIterator=iterator)
+            empty = 0 if answer["Records"] else empty + 1
+            records += [{"key": one["PartitionKey"], "data": one["Data"]} for one in answer["Records"]]
+            iterator = answer.get("NextShardIterator")
+    return records
+
+
 def check_consumed(servers, stream, app, wanted, what):
     found, consumer = consumed(servers, stream, app)
     servers.check(found == wanted, what, consumer, f"wanted {wanted}, came {found}")
@@ -863,9 +941,9 @@ def status_page(servers):
         browser.close()
 
 
-SCENARIOS = [delivery, fan_out_only, killed, latest]
+SCENARIOS = [delivery, readers, fan_out_only, killed, latest]
 PAGE_SCENARIOS = [status_page]
-AGGREGATE_SCENARIOS = [aggregates]
+AGGREGATE_SCENARIOS = [aggregates, written_aggregates]
 KCL_SCENARIOS = [relay, side_by_side]
 
 

@@ -158,3 +158,51 @@ fn an_address_that_is_taken_ends_the_start_with_what_to_do() {
     assert!(finished.stderr.contains(&format!("cannot listen on {address} for --http")));
     assert!(finished.stderr.contains("choose another address"), "{}", finished.stderr);
 }
+
+#[test]
+fn p8_a_producer_is_ready_while_aws_is_away_and_tells_what_waits() {
+    let servers = Servers::with_stream(STREAM, 1);
+    let proxy = Proxy::start(&servers);
+    let away = proxy.add(Rule::on("PutRecords", Fault::Reset));
+    let spool = tempfile::tempdir().expect("a directory");
+    let spool = spool.path().display().to_string();
+    let producer = Running::start(proxy.tramline(
+        &servers,
+        &[
+            "produce",
+            "--stream",
+            STREAM,
+            "--listen",
+            "127.0.0.1:0",
+            "--http",
+            "127.0.0.1:0",
+            "--spool",
+            &spool,
+        ],
+    ));
+    let address = address(&producer);
+    let ocs = wait_for("the listener", || {
+        let log = producer.stderr();
+        let (_, rest) = log.split_once("listening for OCS connections address=")?;
+        rest.split_once(' ')?.0.parse::<SocketAddr>().ok()
+    });
+    let mut connection = TcpStream::connect(ocs).expect("connected");
+    connection.write_all(b"1,TMOV,12:00:00,a\x042,TMOV,12:00:01,b\x04").expect("sent");
+    wait_for("messages in the spool", || {
+        let failing = metric(address, "tramline_put_failing_seconds") > Some(0.0);
+        (failing && metric(address, "tramline_spool_messages") == Some(2.0)).then_some(())
+    });
+    assert!(reasons(address).is_empty(), "it keeps what arrives");
+    away.lift();
+    wait_for("both in Kinesis", || {
+        (metric(address, "tramline_produce_put_messages_total") == Some(2.0)).then_some(())
+    });
+    wait_for("nothing to wait", || {
+        (metric(address, "tramline_spool_messages") == Some(0.0)).then_some(())
+    });
+    let page: Value = serde_json::from_str(&get(address, "/status.json").1).expect("JSON");
+    assert_eq!(page["producer"]["put"], 2);
+    assert_eq!(page["producer"]["lanes"][0]["messages"], 2);
+    drop(connection);
+    producer.stop().succeeded();
+}

@@ -1,4 +1,4 @@
-//! A proxy in front of the embedded Kinesis and DynamoDB that does to calls what networks and services
+//! A proxy in front of the embedded Kinesis, DynamoDB and S3 that does to calls what networks and services
 //! do to them now and then.
 //!
 //! ```ignore
@@ -56,6 +56,8 @@ pub enum Fault {
     Throttle,
     /// Refused with this error code, as a mistake of the caller.
     Refuse(&'static str),
+    /// Answered as if it were this time, as HTTP writes it.
+    At(&'static str),
     /// Answered with HTTP status 500.
     Fail,
     /// Answered with something that is no JSON.
@@ -179,6 +181,7 @@ impl Proxy {
             let service = match name {
                 "AWS_ENDPOINT_URL_KINESIS" => "Kinesis",
                 "AWS_ENDPOINT_URL_DYNAMODB" => "DynamoDB",
+                "AWS_ENDPOINT_URL_S3" => "S3",
                 _ => return None,
             };
             Some((service, url.trim_start_matches("http://").to_owned()))
@@ -212,6 +215,11 @@ impl Proxy {
             .credentials_provider(SharedCredentialsProvider::new(credentials))
             .endpoint_url(&self.url)
             .build()
+    }
+
+    /// Where it listens, for S3 too.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// Puts a rule in force. Of several that apply to a call, the oldest is taken.
@@ -257,7 +265,7 @@ async fn answer(
     let body = body.collect().await?.to_bytes();
     let target =
         head.headers.get("x-amz-target").map_or("", |target| target.to_str().unwrap_or(""));
-    let (service, operation) = target.split_once('.').unwrap_or_default();
+    let (service, operation) = target.split_once('.').unwrap_or(("S3", s3_operation(&head)));
     let service = service.split('_').next().unwrap_or_default();
     let mut request: Value = serde_json::from_slice(&body).unwrap_or_default();
     lock(&state.calls).push(Call {
@@ -273,6 +281,7 @@ async fn answer(
     let mut not_put = BTreeMap::new();
     match fault {
         Some(Fault::Throttle) => return Ok(throttled(service)),
+        Some(Fault::Refuse(code)) if service == "S3" => return Ok(refused_by_s3(code)),
         Some(Fault::Refuse(code)) => return Ok(refused(code, "as the test wants it")),
         Some(Fault::Fail) => {
             let error = json!({"__type": "InternalFailure", "message": "as the test wants it"});
@@ -322,6 +331,11 @@ async fn answer(
         Some(
             Fault::EditAnswer(_) | Fault::EndAfter(_) | Fault::CutAfter(_) | Fault::SilentAfter(_),
         ) => edited(answer, active).await,
+        Some(Fault::At(date)) => {
+            let mut answer = answer.map(|body| body.map_err(io::Error::other).boxed());
+            answer.headers_mut().insert(header::DATE, header::HeaderValue::from_static(date));
+            Ok(answer)
+        }
         _ => Ok(answer.map(|body| body.map_err(io::Error::other).boxed())),
     }
 }
@@ -448,6 +462,26 @@ fn encode(message: &Message) -> Bytes {
     let mut bytes = BytesMut::new();
     write_message_to(message, &mut bytes).expect("a message");
     bytes.freeze()
+}
+
+/// S3 tells operations apart by method and path.
+fn s3_operation(head: &hyper::http::request::Parts) -> &'static str {
+    match head.method.as_str() {
+        "GET" if head.uri.query().is_some_and(|q| q.contains("list-type=2")) => "ListObjectsV2",
+        "GET" => "GetObject",
+        "HEAD" => "HeadObject",
+        "PUT" => "PutObject",
+        _ => "",
+    }
+}
+
+fn refused_by_s3(code: &str) -> Response<Body> {
+    let error =
+        format!("<Error><Code>{code}</Code><Message>as the test wants it</Message></Error>");
+    let mut response = response(StatusCode::FORBIDDEN, error);
+    let xml = header::HeaderValue::from_static("application/xml");
+    response.headers_mut().insert(header::CONTENT_TYPE, xml);
+    response
 }
 
 /// What each service says when it is asked too often.

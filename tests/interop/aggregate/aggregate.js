@@ -1,10 +1,11 @@
 // Packs user records with npm's aws-kinesis-agg: a JSON list of lists of them in, a list of records out.
+// With `unpack` the other way round.
 'use strict';
 
 const fs = require('fs');
 
 // Not beside this file: where the checks installed it.
-const { RecordAggregator } = require(process.argv[2]);
+const { RecordAggregator, deaggregateSync } = require(process.argv[2]);
 
 function packed(userRecords) {
   const aggregator = new RecordAggregator();
@@ -14,4 +15,14 @@ function packed(userRecords) {
   return aggregator.build().data.toString('base64');
 }
 
-process.stdout.write(JSON.stringify(JSON.parse(fs.readFileSync(0)).map(packed)));
+function unpacked({ key, data }) {
+  let found;
+  deaggregateSync({ partitionKey: key, data, sequenceNumber: '1' }, true, (error, records) => {
+    if (error) throw error;
+    found = records.map(record => ({ key: record.partitionKey, data: Buffer.from(record.data, 'base64').toString('base64') }));
+  });
+  return found;
+}
+
+const work = process.argv[3] === 'unpack' ? unpacked : packed;
+process.stdout.write(JSON.stringify(JSON.parse(fs.readFileSync(0)).map(work)));

@@ -1,10 +1,14 @@
-"""Packs user records with PyPI's aws_kinesis_agg: a JSON list of lists of them in, a list of records out."""
+"""Packs user records with PyPI's aws_kinesis_agg: a JSON list of lists of them in, a list of records out.
+
+With `unpack` the other way round.
+"""
 
 import base64
 import json
 import sys
 
 from aws_kinesis_agg.aggregator import RecordAggregator
+from aws_kinesis_agg.deaggregator import deaggregate_records
 
 
 def packed(user_records):
@@ -17,4 +21,19 @@ def packed(user_records):
     return base64.b64encode(data).decode()
 
 
-json.dump([packed(user_records) for user_records in json.load(sys.stdin)], sys.stdout)
+def unpacked(record):
+    # As a Lambda function gets it.
+    event = {
+        "data": record["data"], "partitionKey": record["key"], "sequenceNumber": "1",
+        "kinesisSchemaVersion": "1.0", "approximateArrivalTimestamp": 0,
+    }
+    found = [record["kinesis"] for record in deaggregate_records([{"kinesis": event}])]
+    return [{"key": record["partitionKey"], "data": text(record["data"])} for record in found]
+
+
+def text(data):
+    return data.decode() if isinstance(data, bytes) else data
+
+
+work = unpacked if "unpack" in sys.argv else packed
+json.dump([work(given) for given in json.load(sys.stdin)], sys.stdout)

@@ -7,6 +7,7 @@ import java.io.PrintStream;
 import java.net.URI;
 import java.nio.charset.StandardCharsets;
 import java.util.HashMap;
+import java.util.List;
 import java.util.Map;
 import java.util.concurrent.TimeUnit;
 import software.amazon.awssdk.http.Protocol;
@@ -160,7 +161,9 @@ public final class KclWorker {
             line.put("partition_key", record.partitionKey());
             ArrayNode raw = line.putArray("raw");
             try {
-                for (JsonNode event : JSON.readTree(BinaryUtils.copyBytesFrom(record.data()))) {
+                JsonNode data = JSON.readTree(BinaryUtils.copyBytesFrom(record.data()));
+                // An array, or in an aggregate an event by itself.
+                for (JsonNode event : data.isArray() ? data : List.of(data)) {
                     raw.add(event.path("data").path("raw"));
                 }
             } catch (IOException e) {
