@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     Batch, Handler, ListenerSettings, OcsListener, PartitionKey, ProducerReport, ProducerSettings,
-    Retrieval, Spool, Worker, aws,
+    Retrieval, SequencePer, Spool, Worker, aws,
     feed::{Format, Stdout},
     local::{Local, LocalSettings},
 };
