@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     Batch, Handler, ListenerSettings, OcsListener, PartitionKey, ProducerReport, ProducerSettings,
-    Retrieval, Spool, Worker, aws,
+    Retrieval, SequencePer, Spool, Worker, aws,
     feed::{Format, Stdout},
     local::{Local, LocalSettings},
 };
@@ -73,6 +73,8 @@ impl Demo {
         // With readable partition keys the messages of a connection can be told by its address.
         let settings = ListenerSettings {
             partition_key: PartitionKey::Connection,
+            // Each of its senders counts for itself, and all have one address.
+            sequence_per: SequencePer::Connection,
             producer: ProducerSettings { spool: Spool::Memory, ..Default::default() },
             ..Default::default()
         };

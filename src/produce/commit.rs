@@ -20,7 +20,7 @@ use super::{
 use crate::backoff::Backoff;
 
 /// A group takes no more requests beyond this, so that a commit takes a bounded time.
-const GROUP_BYTES: u64 = 8 * 1024 * 1024;
+const GROUP_BYTES: u64 = 2 * 1024 * 1024;
 /// How often a lasting failure is told again.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 

@@ -75,9 +75,9 @@ pub(crate) const MESSAGE_LIMIT_BYTES: usize = 128 * 1024;
 /// The smallest spool: it must hold a read of every connection at least.
 pub(crate) const SPOOL_LIMIT_MIN_BYTES: u64 = 1024 * 1024;
 /// What may be in memory before it is in the spool.
-const UNSPOOLED_BYTES: usize = 8 * 1024 * 1024;
+const UNSPOOLED_BYTES: usize = 2 * 1024 * 1024;
 /// What may be on its way to Kinesis at the same time, and in how many calls.
-const UNDER_WAY_BYTES: usize = 8 * 1024 * 1024;
+const UNDER_WAY_BYTES: usize = 4 * 1024 * 1024;
 const CALLS: usize = 4;
 /// AWS API reference, PutRecords.
 const CALL_RECORDS: usize = 500;

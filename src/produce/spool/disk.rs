@@ -23,7 +23,7 @@ const ABOUT: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("about");
 
 const FILE: &str = "spool.redb";
 /// What the database may keep of its file in memory.
-const CACHE_BYTES: usize = 8 * 1024 * 1024;
+const CACHE_BYTES: usize = 4 * 1024 * 1024;
 
 pub(super) type Open = dyn Fn() -> Result<Database, DatabaseError> + Send + Sync;
 
