@@ -824,6 +824,32 @@ def written_aggregates(servers):
         )
 
 
+# What the first of the servers stored, and which that was.
+FIRST_STORED = []
+
+
+def stored_alike(servers):
+    """The same traffic is stored the same by every server: each byte but for what is of one run."""
+    stream = servers.create_stream("alike")
+    Traffic(servers, stream, 300, encoding="single").finish()
+    lanes = {}
+    for record in stored(servers, stream):
+        event = json.loads(base64.b64decode(record["data"]))
+        ours = event["partitionkey"] == record["key"] and len(event.pop("id")) == 36 and event.pop("time")
+        lanes.setdefault(record["key"], []).append(ours and encoded(event | {"partitionkey": ""}))
+    # Kinesalite has no room for the streams of all scenarios.
+    servers.call("kinesis", "DeleteStream", StreamName=stream)
+    # The keys have a salt of their own in each spool.
+    found = sorted(lanes.values(), key=str)
+    if not FIRST_STORED:
+        FIRST_STORED.extend([servers.name, found])
+    first, wanted = FIRST_STORED
+    servers.check(
+        found == wanted and sum(map(len, found)) == 300, f"what is stored is the same as on {first}",
+        detail=str([len(lane) for lane in found]),
+    )
+
+
 def stored(servers, stream):
     """Every record of a stream, shard after shard."""
     records = []
@@ -941,9 +967,9 @@ def status_page(servers):
         browser.close()
 
 
-SCENARIOS = [delivery, readers, fan_out_only, killed, latest]
+SCENARIOS = [stored_alike, delivery, readers, fan_out_only, killed, latest]
 PAGE_SCENARIOS = [status_page]
-AGGREGATE_SCENARIOS = [aggregates, written_aggregates]
+AGGREGATE_SCENARIOS = [stored_alike, aggregates, written_aggregates]
 KCL_SCENARIOS = [relay, side_by_side]
 
 
