@@ -314,50 +314,84 @@ impl Consume {
                 Some(name) => format!("{}-{name}", self.app),
                 None => self.app.clone(),
             };
-            let mut add = |application, feed| positions.push(Position { application, feed });
             match &output.place {
-                Place::Stdout => add(application, Feed::Stdout(Stdout::new(self.format)?)),
+                Place::Stdout => {
+                    let feed = Feed::Stdout(Stdout::new(self.format)?);
+                    positions.push(Position { application, feed });
+                }
                 Place::Archive { bucket, prefix } => {
                     let archive = Archive::open(config, bucket, prefix).await?;
-                    add(application, Feed::Archive(archive.interval(self.archive_interval)));
+                    let feed = Feed::Archive(archive.interval(self.archive_interval));
+                    positions.push(Position { application, feed });
                 }
                 Place::TcpConnect(address) => {
                     let hub = Hub::new(Spread::One, false);
                     connections.push(send_to(address.clone(), hub.clone()));
-                    add(application, Feed::Hub(hub));
+                    positions.push(Position { application, feed: Feed::Hub(hub) });
                 }
                 Place::Exec(command) => {
                     let (hub, command) = (Hub::new(Spread::One, self.acks), command.clone());
-                    add(application, Feed::Command { hub, command, encoding });
+                    let feed = Feed::Command { hub, command, encoding };
+                    positions.push(Position { application, feed });
                 }
-                Place::Unix(_) | Place::Tcp(_) => {
-                    let server = match &output.place {
-                        Place::Unix(path) => Server::unix(path)?,
-                        Place::Tcp(address) => Server::tcp(address).await?,
-                        _ => continue,
-                    };
-                    let doors = if self.readers.is_empty() {
-                        let spread = match (self.share, self.acks) {
-                            (true, _) => Spread::Shared,
-                            (false, true) => Spread::One,
-                            (false, false) => Spread::Every,
-                        };
-                        let hub = Hub::new(spread, self.acks);
-                        add(application, Feed::Hub(hub.clone()));
-                        Doors::One(hub)
-                    } else {
-                        let hubs = self.readers.iter().map(|reader| {
-                            let hub = Hub::new(Spread::One, self.acks);
-                            add(format!("{application}-{reader}"), Feed::Hub(hub.clone()));
-                            (reader.clone(), hub)
-                        });
-                        Doors::ByName(hubs.collect())
-                    };
-                    connections.push(server.serve(doors, encoding));
+                Place::Unix(path) => {
+                    let doors = self.doors(application, &mut positions);
+                    connections.push(Server::unix(path)?.serve(doors, encoding));
+                }
+                Place::Tcp(address) => {
+                    let doors = self.doors(application, &mut positions);
+                    connections.push(Server::tcp(address).await?.serve(doors, encoding));
                 }
             }
         }
         Ok((positions, connections))
+    }
+
+    /// Where readers of a socket are let in: to one position, or by their names to one each.
+    fn doors(&self, application: String, positions: &mut Vec<Position>) -> Doors {
+        if self.readers.is_empty() {
+            let spread = match (self.share, self.acks) {
+                (true, _) => Spread::Shared,
+                (false, true) => Spread::One,
+                (false, false) => Spread::Every,
+            };
+            let hub = Hub::new(spread, self.acks);
+            positions.push(Position { application, feed: Feed::Hub(hub.clone()) });
+            return Doors::One(hub);
+        }
+        let hubs = self.readers.iter().map(|reader| {
+            let hub = Hub::new(Spread::One, self.acks);
+            let application = format!("{application}-{reader}");
+            positions.push(Position { application, feed: Feed::Hub(hub.clone()) });
+            (reader.clone(), hub)
+        });
+        Doors::ByName(hubs.collect())
+    }
+
+    /// Tells how the worker is doing, also before there is one.
+    async fn serve(
+        &self,
+        config: &SdkConfig,
+        watched: Watched,
+        observed: Arc<OnceLock<Observer>>,
+    ) -> io::Result<AbortOnDropHandle<()>> {
+        let listener = telemetry::bind(watched.address).await?;
+        // Without a lease table this is the only worker.
+        let has_table = !self.no_checkpoint
+            && (self.checkpoint == Checkpoints::default() || self.checkpoint.is_per_shard());
+        let served = Served {
+            command: "consume",
+            title: format!("{}, application {}", self.stream.join(", "), self.app),
+            subject: Subject::Worker {
+                observer: observed,
+                fleet: has_table.then(|| {
+                    let table = self.lease_table.as_deref().unwrap_or(&self.app);
+                    fleet::looker(config, &self.stream, table)
+                }),
+            },
+            recent: watched.recent,
+        };
+        Ok(served.serve(listener))
     }
 
     /// Runs the worker of one position until it is done.
@@ -478,34 +512,6 @@ fn is_each_once<'a>(mut names: impl Iterator<Item = &'a String>) -> bool {
     names.all(|name| seen.insert(name))
 }
 
-impl Consume {
-    /// Tells how the worker is doing, also before there is one.
-    async fn serve(
-        &self,
-        config: &SdkConfig,
-        watched: Watched,
-        observed: Arc<OnceLock<Observer>>,
-    ) -> io::Result<AbortOnDropHandle<()>> {
-        let listener = telemetry::bind(watched.address).await?;
-        // Without a lease table this is the only worker.
-        let has_table = !self.no_checkpoint
-            && (self.checkpoint == Checkpoints::default() || self.checkpoint.is_per_shard());
-        let served = Served {
-            command: "consume",
-            title: format!("{}, application {}", self.stream.join(", "), self.app),
-            subject: Subject::Worker {
-                observer: observed,
-                fleet: has_table.then(|| {
-                    let table = self.lease_table.as_deref().unwrap_or(&self.app);
-                    fleet::looker(config, &self.stream, table)
-                }),
-            },
-            recent: watched.recent,
-        };
-        Ok(served.serve(listener))
-    }
-}
-
 /// Runs a worker until it is done, its output has `gone`, or it is to stop.
 async fn work<F, H>(
     worker: WorkerBuilder<F>,
@@ -521,7 +527,7 @@ where
         built = worker.build() => built?,
         () = stop.cancelled() => return Ok(()),
     };
-    // There is one worker, so it was not set before.
+    // Of several positions the first one that is ready to run is told of.
     let _ = observed.set(worker.observer());
     let shutdown = async {
         tokio::select! {

@@ -604,6 +604,7 @@ where
     fn dropped(&mut self, shard: RunningShard<S>) -> bool {
         let RunningShard { id, held, activity, meter, watched, .. } = shard;
         if !held.is_valid() || self.stop.is_cancelled() {
+            self.worker.observed.moves.lost.fetch_add(1, Ordering::Relaxed);
             self.leases.done(&id);
             return true;
         }

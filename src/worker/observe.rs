@@ -94,7 +94,7 @@ pub struct ShardStatus {
     pub behind: Option<Duration>,
     /// The last checkpoint that is stored.
     pub checkpoint: String,
-    /// How long that is ago, or how long the shard is read; zero if all that is finished is stored.
+    /// How long something is finished that is not stored; zero if all that is finished is stored.
     pub checkpoint_age: Duration,
     /// What was counted since the lease was taken.
     pub counts: Report,
