@@ -49,10 +49,11 @@ pub(super) enum Request {
         lane: Option<LaneId>,
         done: oneshot::Sender<Vec<oneshot::Receiver<()>>>,
     },
-    /// The first `count` messages of a lane are in Kinesis.
+    /// The first `count` messages of a lane are in Kinesis, of which so many since the last time.
     Put {
         lane: LaneId,
         count: u64,
+        messages: u64,
     },
     /// A lane has no messages and will get none.
     Finished {
@@ -66,7 +67,7 @@ pub(super) enum Committed {
     Opened { lane: LaneId, info: LaneInfo },
     Appended(Appended),
     Closed { lane: LaneId },
-    Put { lane: LaneId },
+    Put { lane: LaneId, messages: u64 },
     Flush { lane: Option<LaneId>, done: oneshot::Sender<Vec<oneshot::Receiver<()>>> },
 }
 
@@ -87,10 +88,20 @@ pub(super) struct Committer {
     pub delay: Duration,
     /// The place of the next message of each lane.
     pub next: HashMap<LaneId, u64>,
+    /// Messages in the spool that Kinesis does not have, as far as the spool knows.
+    pub waiting: u64,
+    /// A failure that lasts.
+    pub failing: Option<Failing>,
     pub requests: mpsc::UnboundedReceiver<Request>,
     pub committed: mpsc::UnboundedSender<Committed>,
     pub counters: Arc<Counters>,
     pub stop: CancellationToken,
+}
+
+/// Since when the spool takes nothing, or not everything.
+pub(super) struct Failing {
+    began: Instant,
+    remind_at: Instant,
 }
 
 impl Committer {
@@ -144,9 +155,9 @@ impl Committer {
             }
             Request::Close { lane } => committed.push(Committed::Closed { lane }),
             Request::Flush { lane, done } => committed.push(Committed::Flush { lane, done }),
-            Request::Put { lane, count } => {
+            Request::Put { lane, count, messages } => {
                 group.put.insert(lane, count);
-                committed.push(Committed::Put { lane });
+                committed.push(Committed::Put { lane, messages });
             }
             Request::Finished { lane } => {
                 self.next.remove(&lane);
@@ -163,48 +174,35 @@ impl Committer {
         let (mut group, mut committed, rooms) = gathered.finish();
         let mut later = Gathered::default();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-        let began = Instant::now();
-        let mut remind_at = began;
         loop {
             let error = match self.try_commit(&mut group).await {
                 Ok(()) => break,
                 Err(error) => error,
             };
-            self.failure().get_or_insert_with(Failure::new).again(error.to_string());
-            if Instant::now() >= remind_at {
-                remind_at = Instant::now() + REMINDER_INTERVAL;
-                tracing::error!(
-                    "{error}; no connection is read until it works again, and it is tried again"
-                );
-            }
-            tokio::select! {
-                () = tokio::time::sleep(backoff.next_wait()) => {}
-                () = self.stop.cancelled() => {
-                    tracing::error!("{error}; the producer stops, and the last messages are lost");
-                    return None;
+            self.failed(&error);
+            let retry_at = Instant::now() + backoff.next_wait();
+            loop {
+                if self.remove(&mut group, &mut committed, &mut later).await && self.waiting == 0 {
+                    break;
                 }
-            }
-            // What is received meanwhile has its room in memory.
-            while let Ok(request) = self.requests.try_recv() {
-                self.gather(request, &mut later);
-            }
-            let mut removals = Group::default();
-            for put in [&mut group.put, &mut later.group.put] {
-                removals.put.append(put);
-            }
-            if !removals.is_empty() && self.try_commit(&mut removals).await.is_ok() {
-                let told = |event: &mut Committed| matches!(event, Committed::Put { .. });
-                for event in
-                    committed.extract_if(.., told).chain(later.committed.extract_if(.., told))
-                {
-                    let _ = self.committed.send(event);
+                tokio::select! {
+                    biased;
+                    () = self.stop.cancelled() => {
+                        tracing::error!("{error}; the producer stops, and the last messages are lost");
+                        return None;
+                    }
+                    () = tokio::time::sleep_until(retry_at) => break,
+                    // What is received has its room in memory.
+                    Some(request) = self.requests.recv() => self.gather(request, &mut later),
                 }
-                backoff.reset();
-            } else {
-                group.put = removals.put;
             }
         }
-        if let Some(Failure { failures, .. }) = self.failure().take() {
+        // It may just have taken the last room.
+        if self.failing.is_some()
+            && self.store.hold_reserve().is_ok()
+            && let (Some(Failing { began, .. }), Some(Failure { failures, .. })) =
+                (self.failing.take(), self.failure().take())
+        {
             tracing::info!(
                 failures,
                 "the spool works again after {:.1} s",
@@ -212,12 +210,57 @@ impl Committer {
             );
         }
         drop(rooms);
+        self.tell(committed);
+        Some(later)
+    }
+
+    /// Removes what Kinesis has. Tells whether there was something, and it is done.
+    async fn remove(
+        &mut self,
+        group: &mut Group,
+        committed: &mut Vec<Committed>,
+        later: &mut Gathered,
+    ) -> bool {
+        let mut removals = Group::default();
+        for put in [&mut group.put, &mut later.group.put] {
+            removals.put.append(put);
+        }
+        if removals.is_empty() {
+            return false;
+        }
+        if self.try_commit(&mut removals).await.is_err() {
+            group.put = removals.put;
+            return false;
+        }
+        let put = |event: &mut Committed| matches!(event, Committed::Put { .. });
+        self.tell(committed.extract_if(.., put));
+        self.tell(later.committed.extract_if(.., put));
+        true
+    }
+
+    /// Tells whoever puts what is in the spool. It may have ended.
+    fn tell(&mut self, committed: impl IntoIterator<Item = Committed>) {
         add(&self.counters.commits, 1);
         for event in committed {
-            // Whoever puts has ended: the messages are in the spool.
+            match &event {
+                Committed::Appended(appended) => self.waiting += appended.messages,
+                Committed::Put { messages, .. } => self.waiting -= messages,
+                _ => {}
+            }
             let _ = self.committed.send(event);
         }
-        Some(later)
+    }
+
+    fn failed(&mut self, error: &SpoolError) {
+        self.failure().get_or_insert_with(Failure::new).again(error.to_string());
+        let now = Instant::now();
+        let failing = self.failing.get_or_insert(Failing { began: now, remind_at: now });
+        if now >= failing.remind_at {
+            failing.remind_at = now + REMINDER_INTERVAL;
+            tracing::error!(
+                "{error}; no connection is read until it works again, and it is tried again"
+            );
+        }
     }
 
     fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
@@ -228,6 +271,10 @@ impl Committer {
         if group.is_empty() {
             return Ok(());
         }
+        // What is added may take the last room only if nothing is left to be removed.
+        if group.adds() && self.waiting > 0 {
+            self.store.hold_reserve()?;
+        }
         if let Store::Memory(_) = &*self.store {
             return self.store.commit(group);
         }
@@ -236,7 +283,11 @@ impl Committer {
         let committing = tokio::task::spawn_blocking(move || store.commit(&lent)).await;
         *group = Arc::unwrap_or_clone(shared);
         match committing {
-            Ok(result) => result,
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => {
+                self.store.release_reserve();
+                Err(error)
+            }
             Err(error) => Err(SpoolError::Failed { reason: error.to_string() }),
         }
     }

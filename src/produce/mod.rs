@@ -414,6 +414,8 @@ impl Producer {
             },
             store: store.clone(),
             next: HashMap::new(),
+            waiting: left_messages,
+            failing: None,
             requests: requested,
             committed: committed_to,
             counters: counters.clone(),

@@ -314,7 +314,7 @@ impl<P: PutRecords> Putter<P> {
                     self.finished(lane);
                 }
             }
-            Committed::Put { lane } => {
+            Committed::Put { lane, .. } => {
                 if self.lanes.settled(lane) {
                     self.finished(lane);
                 }
@@ -470,7 +470,8 @@ impl<P: PutRecords> Putter<P> {
         source.first += stored.messages;
         source.spooled_bytes = source.spooled_bytes.saturating_sub(spooled_bytes);
         // The spool may have ended before: then the next process puts them again.
-        let _ = self.requests.send(Request::Put { lane, count: source.first });
+        let messages = stored.messages;
+        let _ = self.requests.send(Request::Put { lane, count: source.first, messages });
         while let Some((place, waiter)) = source.waiters.pop_front() {
             match waiter {
                 Waiter::Receipt(receipt) if place < source.first => {

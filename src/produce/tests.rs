@@ -358,6 +358,44 @@ fn p7_only_the_last_record_of_a_lane_may_come_again_after_a_crash() {
 }
 
 #[test]
+fn p8_a_disk_that_an_outage_has_filled_empties_itself_when_kinesis_is_back() {
+    let stream = Faulty::new(1, 0);
+    let device = Device::default();
+    device.set_capacity_bytes(16 * 1024 * 1024);
+    let sent: Vec<String> = (0..10_000).map(|n| format!("{n},TSCH,{}", "x".repeat(2000))).collect();
+    let settings = ProducerSettings {
+        shard_rate: ShardRate::of_bytes(1 << 30),
+        shutdown_limit: Duration::from_secs(100_000),
+        ..Default::default()
+    };
+    run(async {
+        let disk = device.open().expect("a spool");
+        let producer = start(stream.clone(), settings, Store::Disk(disk), vec![]);
+        let monitor = producer.monitor();
+        lock(&stream.0).away = true;
+        let lane = producer.lane("key", None);
+        let sending = {
+            let sent = sent.clone();
+            tokio::spawn(async move {
+                for line in &sent {
+                    lane.send(line).await.expect("open");
+                }
+            })
+        };
+        while monitor.stats().await.expect("open").spool_failure.is_none() {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert!(!sending.is_finished(), "there is no room for all");
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        lock(&stream.0).away = false;
+        let sent = tokio::time::timeout(Duration::from_secs(1000), sending).await;
+        sent.expect("the spool takes more").expect("all is sent");
+        producer.close().await.expect("all is put");
+    });
+    assert_eq!(once(&lock(&stream.0).stored["key"]), sent);
+}
+
+#[test]
 fn what_happens_is_counted_for_each_lane_and_in_total() {
     let stream = Faulty::new(1, 0);
     run(async {

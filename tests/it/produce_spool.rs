@@ -199,29 +199,6 @@ fn p8_a_full_disk_stops_the_reading_and_loses_nothing_that_was_spooled() {
 }
 
 #[test]
-fn p8_a_disk_that_an_outage_has_filled_empties_itself_when_kinesis_is_back() {
-    let servers = Servers::with_stream(STREAM, 1);
-    let proxy = Proxy::start(&servers);
-    let away = proxy.add(Rule::on("PutRecords", Fault::Reset));
-    let spool = tempfile::tempdir().expect("a directory");
-    let limited = with_a_small_disk(proxy.url(), &servers, spool.path());
-    let (producer, address) = listening(limited);
-    let sent = long_lines(10_000);
-    let sending = {
-        let sent = sent.clone();
-        thread::spawn(move || drop(send(&address, &sent)))
-    };
-    producer.wait_for_log("no connection is read until it works again");
-    away.lift();
-    sending.join().expect("the producer reads on");
-    producer.wait_for_log("connection closed by the peer");
-    producer.stop().succeeded();
-    let stored: Vec<Vec<String>> =
-        stored(&servers).values().map(|records| without_repeats(records)).collect();
-    assert!(stored == [sent], "{:?}", stored.iter().map(Vec::len).collect::<Vec<_>>());
-}
-
-#[test]
 fn p9_a_damaged_spool_is_told_and_the_producer_goes_on_with_a_new_one() {
     let servers = Servers::with_stream(STREAM, 1);
     let spool = tempfile::tempdir().expect("a directory");

@@ -2,7 +2,10 @@ use std::{
     fmt, fs, io,
     ops::ControlFlow,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use redb::{
@@ -10,7 +13,11 @@ use redb::{
     TableDefinition,
 };
 
-use super::{Group, LaneId, LaneInfo, Left, SpoolError, Visit, stored_count, visit_chunk};
+use super::{
+    Group, LaneId, LaneInfo, Left, SpoolError, Spooled, Visit,
+    reserve::{Reserve, ReserveFile},
+    stored_count, visit_chunk,
+};
 
 /// Lanes that may have messages, with what their messages have in common, in JSON.
 const LANES: TableDefinition<'_, LaneId, &[u8]> = TableDefinition::new("lanes");
@@ -34,6 +41,9 @@ pub(in crate::produce) struct Disk {
     /// None after an I/O error, until it can be opened again: what is in memory then may differ from
     /// what is on disk.
     database: Mutex<Option<Arc<Database>>>,
+    reserve: Box<dyn Reserve>,
+    /// Whether the reserve is held.
+    reserved: AtomicBool,
 }
 
 impl fmt::Debug for Disk {
@@ -53,7 +63,8 @@ impl Disk {
             let file = file.clone();
             move || builder().create(&file)
         };
-        match Self::with(directory, stream, Box::new(open.clone())) {
+        let reserve = || Box::new(ReserveFile::in_directory(directory));
+        match Self::with(directory, stream, Box::new(open.clone()), reserve()) {
             Err(SpoolError::Damaged { reason, .. }) => {
                 let now = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ");
                 let aside = directory.join(format!("{FILE}.damaged-{now}"));
@@ -65,7 +76,7 @@ impl Disk {
                     directory.display(),
                     aside.display()
                 );
-                Self::with(directory, stream, Box::new(open))
+                Self::with(directory, stream, Box::new(open), reserve())
             }
             opened => opened,
         }
@@ -75,9 +86,23 @@ impl Disk {
         directory: &Path,
         stream: &str,
         open: Box<Open>,
+        reserve: Box<dyn Reserve>,
     ) -> Result<Self, SpoolError> {
-        let disk = Self { directory: directory.to_owned(), open, database: Mutex::new(None) };
-        let holds = disk.about("stream", stream.as_bytes())?;
+        let disk = Self {
+            directory: directory.to_owned(),
+            open,
+            database: Mutex::new(None),
+            reserve,
+            reserved: AtomicBool::new(false),
+        };
+        let mut holds = disk.about("stream", stream.as_bytes());
+        if let Err(SpoolError::Io { .. }) = &holds {
+            // The disk may have been full when the last process ended.
+            disk.release_reserve();
+            holds = disk.about("stream", stream.as_bytes());
+        }
+        let holds = holds?;
+        disk.hold_reserve();
         if holds != stream.as_bytes() {
             return Err(SpoolError::OtherStream {
                 directory: directory.to_owned(),
@@ -110,6 +135,24 @@ impl Disk {
             writing.commit()?;
             Ok(stored)
         })
+    }
+
+    /// Whether there is room that is held back for removing.
+    pub(super) fn hold_reserve(&self) -> bool {
+        if !self.reserved.load(Ordering::Relaxed) {
+            self.reserved.store(self.reserve.hold().is_ok(), Ordering::Relaxed);
+        }
+        self.reserved.load(Ordering::Relaxed)
+    }
+
+    /// Lets removing have it. If that fails, so will the next write, which is told.
+    pub(super) fn release_reserve(&self) {
+        let _ = self.reserve.release();
+        self.reserved.store(false, Ordering::Relaxed);
+    }
+
+    pub(super) fn full(&self) -> SpoolError {
+        SpoolError::Full { directory: self.directory.clone() }
     }
 
     /// The salt of partition keys: the first one that was ever given. With it, a host keeps its key, and
@@ -179,17 +222,23 @@ impl Disk {
     pub(super) fn read(
         &self,
         lane: LaneId,
-        from: u64,
+        mut from: u64,
         visit: &mut Visit<'_>,
     ) -> Result<(), SpoolError> {
         let sense = self.using(|database| {
             let reading = database.begin_read()?;
             let chunks = reading.open_table(CHUNKS)?;
-            let before = chunks.range((lane, 0)..=(lane, from))?.next_back().transpose()?;
-            let start = before.map_or(from, |(at, _)| at.value().1);
+            let first = from;
+            let before = chunks.range((lane, 0)..=(lane, first))?.next_back().transpose()?;
+            let start = before.map_or(first, |(at, _)| at.value().1);
             for entry in chunks.range((lane, start)..=(lane, u64::MAX))? {
                 let (at, chunk) = entry?;
-                match visit_chunk(at.value().1, chunk.value(), from, visit) {
+                // Where to go on if the database must be opened again.
+                let mut visit = |message: &Spooled<'_>| {
+                    from += 1;
+                    visit(message)
+                };
+                match visit_chunk(at.value().1, chunk.value(), first, &mut visit) {
                     Some(ControlFlow::Continue(())) => {}
                     Some(ControlFlow::Break(())) => break,
                     None => return Ok(false),
@@ -207,25 +256,33 @@ impl Disk {
     /// redb takes no more orders then.
     fn using<T>(
         &self,
-        act: impl FnOnce(&Database) -> Result<T, redb::Error>,
+        mut act: impl FnMut(&Database) -> Result<T, redb::Error>,
     ) -> Result<T, SpoolError> {
+        let mut done = self.using_once(&mut act);
+        if matches!(done, Err(redb::Error::PreviousIo)) {
+            // It was another one's error, and it has been told.
+            done = self.using_once(&mut act);
+        }
+        done.map_err(|error| self.failed(error))
+    }
+
+    fn using_once<T>(
+        &self,
+        act: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, redb::Error> {
         let database = {
             let mut open = self.database();
             match &*open {
                 Some(database) => database.clone(),
-                None => {
-                    let opened = (self.open)().map_err(|error| self.failed(error.into()))?;
-                    open.insert(Arc::new(opened)).clone()
-                }
+                None => open.insert(Arc::new((self.open)()?)).clone(),
             }
         };
-        act(&database).map_err(|error| {
+        act(&database).inspect_err(|_| {
             let mut open = self.database();
             // Another call may have opened it again already.
             if open.as_ref().is_some_and(|open| Arc::ptr_eq(open, &database)) {
                 *open = None;
             }
-            self.failed(error)
         })
     }
 

@@ -12,6 +12,7 @@
 //! walked once a chunk and not once a message.
 
 mod disk;
+mod reserve;
 
 use std::{
     collections::BTreeMap,
@@ -103,6 +104,15 @@ pub enum SpoolError {
         directory: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// Its disk is full.
+    #[error(
+        "the disk of the spool {directory} is full: make room on it; until then no more is kept than what \
+         Kinesis takes away"
+    )]
+    Full {
+        /// The directory.
+        directory: PathBuf,
     },
     /// It broke off.
     #[error("the spool failed: {reason}")]
@@ -240,10 +250,12 @@ pub(super) struct Group {
 
 impl Group {
     pub(super) fn is_empty(&self) -> bool {
-        self.opened.is_empty()
-            && self.appended.is_empty()
-            && self.put.is_empty()
-            && self.finished.is_empty()
+        !self.adds() && self.put.is_empty() && self.finished.is_empty()
+    }
+
+    /// Whether it makes the spool larger.
+    pub(super) fn adds(&self) -> bool {
+        !self.opened.is_empty() || !self.appended.is_empty()
     }
 
     pub(super) fn append(&mut self, lane: LaneId, first: u64, chunk: Chunk) {
@@ -294,6 +306,21 @@ impl Store {
                 }
                 Ok(())
             }
+        }
+    }
+
+    /// An error if there is no room that is held back for removing: then what is added could take the
+    /// last.
+    pub(super) fn hold_reserve(&self) -> Result<(), SpoolError> {
+        match self {
+            Self::Disk(disk) if !disk.hold_reserve() => Err(disk.full()),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn release_reserve(&self) {
+        if let Self::Disk(disk) = self {
+            disk.release_reserve();
         }
     }
 

@@ -1,6 +1,7 @@
 //! The spool on a disk that fills up, breaks, and loses its power.
 
 use std::{
+    collections::BTreeSet,
     io,
     ops::ControlFlow,
     path::PathBuf,
@@ -12,7 +13,7 @@ use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use redb::{Database, StorageBackend};
 
-use super::*;
+use super::{reserve::Reserve, *};
 
 /// A disk in memory. What was written after the last sync may be lost, each write for itself.
 #[derive(Debug, Clone, Default)]
@@ -25,11 +26,47 @@ pub(in crate::produce) struct Blocks {
     /// Writes since the last sync.
     unsynced: Vec<(usize, Vec<u8>)>,
     full: bool,
+    /// The blocks that have ever been written: a file has room for no others on a full disk.
+    written: BTreeSet<usize>,
+    /// How many blocks there are, if they are bounded.
+    capacity: Option<usize>,
+    /// How many are held back.
+    reserved: usize,
+}
+
+const BLOCK_BYTES: usize = 4096;
+const RESERVE_BLOCKS: usize = 1024;
+
+impl Blocks {
+    /// Whether so many more can be written.
+    fn has_room(&self, blocks: usize) -> bool {
+        self.capacity.is_none_or(|capacity| self.written.len() + self.reserved + blocks <= capacity)
+    }
+}
+
+impl Reserve for Device {
+    fn hold(&self) -> io::Result<()> {
+        let mut blocks = lock(&self.0);
+        if blocks.reserved == 0 && (blocks.full || !blocks.has_room(RESERVE_BLOCKS)) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        blocks.reserved = RESERVE_BLOCKS;
+        Ok(())
+    }
+
+    fn release(&self) -> io::Result<()> {
+        lock(&self.0).reserved = 0;
+        Ok(())
+    }
 }
 
 impl Device {
     pub(in crate::produce) fn set_full(&self, full: bool) {
         lock(&self.0).full = full;
+    }
+
+    pub(in crate::produce) fn set_capacity_bytes(&self, bytes: usize) {
+        lock(&self.0).capacity = Some(bytes / BLOCK_BYTES);
     }
 
     /// What a machine finds that starts again: some of the last writes arrived.
@@ -42,13 +79,18 @@ impl Device {
                 content[*at..at + data.len()].copy_from_slice(data);
             }
         }
-        Self(Arc::new(Mutex::new(Blocks { synced: content.clone(), content, ..Blocks::default() })))
+        Self(Arc::new(Mutex::new(Blocks {
+            synced: content.clone(),
+            content,
+            written: blocks.written.clone(),
+            ..Blocks::default()
+        })))
     }
 
     pub(in crate::produce) fn open(&self) -> Result<Disk, SpoolError> {
         let device = self.clone();
         let open = move || Database::builder().create_with_backend(device.clone());
-        Disk::with(&PathBuf::from("device"), "stream", Box::new(open))
+        Disk::with(&PathBuf::from("device"), "stream", Box::new(open), Box::new(self.clone()))
     }
 }
 
@@ -71,6 +113,7 @@ impl StorageBackend for Device {
             return Err(io::ErrorKind::StorageFull.into());
         }
         blocks.content.resize(len as usize, 0);
+        blocks.written.split_off(&(len as usize).div_ceil(BLOCK_BYTES));
         Ok(())
     }
 
@@ -90,6 +133,12 @@ impl StorageBackend for Device {
             return Err(io::ErrorKind::StorageFull.into());
         }
         let start = offset as usize;
+        let touched = start / BLOCK_BYTES..(start + data.len()).div_ceil(BLOCK_BYTES);
+        let new = touched.clone().filter(|block| !blocks.written.contains(block)).count();
+        if new > 0 && !blocks.has_room(new) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        blocks.written.extend(touched);
         blocks.content[start..start + data.len()].copy_from_slice(data);
         blocks.unsynced.push((start, data.to_vec()));
         Ok(())
