@@ -66,6 +66,7 @@ pub(super) enum Committed {
     Opened { lane: LaneId, info: LaneInfo },
     Appended(Appended),
     Closed { lane: LaneId },
+    Put { lane: LaneId },
     Flush { lane: Option<LaneId>, done: oneshot::Sender<Vec<oneshot::Receiver<()>>> },
 }
 
@@ -95,34 +96,26 @@ pub(super) struct Committer {
 impl Committer {
     pub(super) async fn run(mut self) {
         let mut next_commit = Instant::now();
+        let mut gathered = Gathered::default();
         loop {
-            let first = tokio::select! {
-                biased;
-                request = self.requests.recv() => request,
-                () = self.stop.cancelled() => self.requests.try_recv().ok(),
-            };
-            let Some(first) = first else { return };
+            if gathered.is_empty() {
+                let first = tokio::select! {
+                    biased;
+                    request = self.requests.recv() => request,
+                    () = self.stop.cancelled() => self.requests.try_recv().ok(),
+                };
+                let Some(first) = first else { return };
+                self.gather(first, &mut gathered);
+            }
             tokio::time::sleep_until(next_commit).await;
             next_commit = Instant::now() + self.delay;
-            let mut gathered = Gathered::default();
-            let mut next = Some(first);
-            while let Some(request) = next {
+            while gathered.bytes < GROUP_BYTES
+                && let Ok(request) = self.requests.try_recv()
+            {
                 self.gather(request, &mut gathered);
-                next = match gathered.bytes {
-                    ..GROUP_BYTES => self.requests.try_recv().ok(),
-                    _ => None,
-                };
             }
-            let (group, committed, rooms) = gathered.finish();
-            if !group.is_empty() && !self.commit(group).await {
-                return;
-            }
-            drop(rooms);
-            add(&self.counters.commits, 1);
-            for event in committed {
-                // Whoever puts has ended: the messages are in the spool.
-                let _ = self.committed.send(event);
-            }
+            let Some(later) = self.commit(gathered).await else { return };
+            gathered = later;
         }
     }
 
@@ -153,6 +146,7 @@ impl Committer {
             Request::Flush { lane, done } => committed.push(Committed::Flush { lane, done }),
             Request::Put { lane, count } => {
                 group.put.insert(lane, count);
+                committed.push(Committed::Put { lane });
             }
             Request::Finished { lane } => {
                 self.next.remove(&lane);
@@ -162,15 +156,17 @@ impl Committer {
         }
     }
 
-    /// Tries until the group is in the spool. Meanwhile nothing more is taken, and TCP pushes back.
-    /// `false` if the producer was stopped before.
-    async fn commit(&self, group: Group) -> bool {
-        let group = Arc::new(group);
+    /// Tries until all of it is in the spool. Meanwhile nothing more is read from the sockets, and TCP
+    /// pushes back; but what Kinesis has is removed, for that may be what makes room. Gives what came
+    /// meanwhile; `None` if the producer was stopped before.
+    async fn commit(&mut self, gathered: Gathered) -> Option<Gathered> {
+        let (mut group, mut committed, rooms) = gathered.finish();
+        let mut later = Gathered::default();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         let began = Instant::now();
         let mut remind_at = began;
         loop {
-            let error = match self.try_commit(group.clone()).await {
+            let error = match self.try_commit(&mut group).await {
                 Ok(()) => break,
                 Err(error) => error,
             };
@@ -185,8 +181,27 @@ impl Committer {
                 () = tokio::time::sleep(backoff.next_wait()) => {}
                 () = self.stop.cancelled() => {
                     tracing::error!("{error}; the producer stops, and the last messages are lost");
-                    return false;
+                    return None;
                 }
+            }
+            // What is received meanwhile has its room in memory.
+            while let Ok(request) = self.requests.try_recv() {
+                self.gather(request, &mut later);
+            }
+            let mut removals = Group::default();
+            for put in [&mut group.put, &mut later.group.put] {
+                removals.put.append(put);
+            }
+            if !removals.is_empty() && self.try_commit(&mut removals).await.is_ok() {
+                let told = |event: &mut Committed| matches!(event, Committed::Put { .. });
+                for event in
+                    committed.extract_if(.., told).chain(later.committed.extract_if(.., told))
+                {
+                    let _ = self.committed.send(event);
+                }
+                backoff.reset();
+            } else {
+                group.put = removals.put;
             }
         }
         if let Some(Failure { failures, .. }) = self.failure().take() {
@@ -196,20 +211,31 @@ impl Committer {
                 began.elapsed().as_secs_f64()
             );
         }
-        true
+        drop(rooms);
+        add(&self.counters.commits, 1);
+        for event in committed {
+            // Whoever puts has ended: the messages are in the spool.
+            let _ = self.committed.send(event);
+        }
+        Some(later)
     }
 
     fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
         lock(&self.counters.spool_failure)
     }
 
-    async fn try_commit(&self, group: Arc<Group>) -> Result<(), SpoolError> {
-        if let Store::Memory(_) = &*self.store {
-            return self.store.commit(&group);
+    async fn try_commit(&self, group: &mut Group) -> Result<(), SpoolError> {
+        if group.is_empty() {
+            return Ok(());
         }
-        let store = self.store.clone();
-        let committing = tokio::task::spawn_blocking(move || store.commit(&group));
-        match committing.await {
+        if let Store::Memory(_) = &*self.store {
+            return self.store.commit(group);
+        }
+        let (store, shared) = (self.store.clone(), Arc::new(std::mem::take(group)));
+        let lent = shared.clone();
+        let committing = tokio::task::spawn_blocking(move || store.commit(&lent)).await;
+        *group = Arc::unwrap_or_clone(shared);
+        match committing {
             Ok(result) => result,
             Err(error) => Err(SpoolError::Failed { reason: error.to_string() }),
         }
@@ -227,6 +253,10 @@ struct Gathered {
 }
 
 impl Gathered {
+    fn is_empty(&self) -> bool {
+        self.group.is_empty() && self.open.is_empty() && self.committed.is_empty()
+    }
+
     fn add(&mut self, lane: LaneId, first: u64, chunk: Chunk) {
         if let Some((_, open)) = self.open.get_mut(&lane)
             && open.append(&chunk)

@@ -2,7 +2,8 @@
 //!
 //! A lane is the messages of one partition key, in order. At most one record of a lane is on its way, and
 //! so a call has at most one of each. Whatever subset of a call's records Kinesis stores, and whether we
-//! learn of it or not, no message of a lane can overtake another (P7).
+//! learn of it or not, no message of a lane can overtake another (P7). The next record goes when the spool
+//! knows that the last one is in Kinesis.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -57,6 +58,9 @@ struct Lane {
     /// When a record is to go; set while messages wait of which none is under way.
     due: Option<Instant>,
     under_way: Option<UnderWay>,
+    /// Its last record is in Kinesis, and the spool does not know it yet. The next one waits for that: so a
+    /// process that is killed leaves one record at most that may come again, the last.
+    unsettled: bool,
     trouble: Option<Trouble>,
 }
 
@@ -136,6 +140,7 @@ impl Lanes {
             spooled_bytes: 0,
             due: None,
             under_way: None,
+            unsettled: false,
             trouble: None,
         };
         self.lanes.insert(id, lane);
@@ -259,21 +264,24 @@ impl Lanes {
         at.filter(|at| *at > now).min()
     }
 
-    /// A call has ended, so or so for each of its turns. Gives the lanes that are finished.
+    /// A call has ended, so or so for each of its turns.
     pub(super) fn returned(
         &mut self,
         outcomes: impl IntoIterator<Item = (LaneId, Outcome)>,
         now: Instant,
-    ) -> Vec<LaneId> {
+    ) {
         self.calls -= 1;
-        let mut finished = Vec::new();
         for (id, outcome) in outcomes {
             self.turn_returned(id, outcome, now);
-            if self.forget_if_finished(id) {
-                finished.push(id);
-            }
         }
-        finished
+    }
+
+    /// The spool knows what of a lane is in Kinesis. Tells whether the lane is finished.
+    pub(super) fn settled(&mut self, id: LaneId) -> bool {
+        if let Some(lane) = self.lanes.get_mut(&id) {
+            lane.unsettled = false;
+        }
+        self.forget_if_finished(id)
     }
 
     fn turn_returned(&mut self, id: LaneId, outcome: Outcome, now: Instant) {
@@ -299,6 +307,7 @@ impl Lanes {
             Outcome::Stored { messages, spooled_bytes, record_bytes } => {
                 lane.messages = lane.messages.saturating_sub(messages);
                 lane.spooled_bytes = lane.spooled_bytes.saturating_sub(spooled_bytes);
+                lane.unsettled = true;
                 lane.trouble = None;
                 if messages < under_way.messages {
                     // The record was full.
@@ -333,10 +342,9 @@ impl Lanes {
 
     /// Whether the lane had its last message; then it is gone.
     fn forget_if_finished(&mut self, id: LaneId) -> bool {
-        let finished = self
-            .lanes
-            .get(&id)
-            .is_some_and(|lane| lane.closed && lane.messages == 0 && lane.under_way.is_none());
+        let finished = self.lanes.get(&id).is_some_and(|lane| {
+            lane.closed && lane.messages == 0 && lane.under_way.is_none() && !lane.unsettled
+        });
         if finished {
             self.lanes.remove(&id);
             for lane in self.lanes.values_mut() {
@@ -363,7 +371,8 @@ impl Lanes {
 
     /// When a lane's next record may go; `None` if it has none, or must wait for others.
     fn ready_at(&self, lane: &Lane) -> Option<Instant> {
-        if lane.messages == 0 || lane.under_way.is_some() || !lane.after.is_empty() {
+        let busy = lane.under_way.is_some() || lane.unsettled;
+        if lane.messages == 0 || busy || !lane.after.is_empty() {
             return None;
         }
         let due = lane.due?;

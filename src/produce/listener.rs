@@ -195,15 +195,18 @@ impl OcsListener {
     }
 }
 
-/// Completes if AWS says clearly that the stream cannot be written. An outage is no such answer: what
-/// OCS sends is received all the same, and put when AWS is back.
+/// Completes if AWS says clearly that there is no such stream. An outage is no such answer, and neither are
+/// credentials that have expired: what OCS sends is received all the same, and put when it works.
 async fn refused(stream: &Stream) -> SourceError {
     use crate::aws::AwsErrorKind::{Credentials, Denied};
     match stream.until_active_stream().await {
         Ok(_) => tracing::info!(stream = stream.name(), "the stream is active"),
         Err(error @ SourceError::NoStream { .. }) => return error,
         Err(SourceError::Stream { source, stream }) if source.kind() == Credentials => {
-            return SourceError::Stream { source, stream };
+            tracing::error!(
+                "{}; messages are received and wait until it works",
+                SourceError::Stream { source, stream }
+            )
         }
         // Putting needs no permission to describe.
         Err(SourceError::Stream { source, .. }) if source.kind() == Denied => {

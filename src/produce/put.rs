@@ -314,6 +314,11 @@ impl<P: PutRecords> Putter<P> {
                     self.finished(lane);
                 }
             }
+            Committed::Put { lane } => {
+                if self.lanes.settled(lane) {
+                    self.finished(lane);
+                }
+            }
             Committed::Flush { lane, done } => {
                 if lane.is_none() {
                     self.lanes.hurry_all(now);
@@ -395,9 +400,7 @@ impl<P: PutRecords> Putter<P> {
                 }
             }
         }
-        for lane in self.lanes.returned(outcomes, now) {
-            self.finished(lane);
-        }
+        self.lanes.returned(outcomes, now);
         if let Some(reason) = returned.failure {
             self.failed(reason, now);
         }

@@ -227,7 +227,7 @@ fn stored_messages(chunk: &[u8]) -> impl Iterator<Item = Option<Spooled<'_>>> {
 }
 
 /// Changes that become durable together.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Group {
     pub opened: Vec<(LaneId, LaneInfo)>,
     /// Chunks, by their lane and the place of their first message in it.
