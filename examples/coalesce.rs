@@ -3,14 +3,9 @@
 //!
 //! `cargo run --example coalesce`, until Ctrl-C; `-- STREAM APPLICATION` reads a stream of yours.
 
-use std::{
-    collections::BTreeMap,
-    convert::Infallible,
-    error::Error,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{collections::BTreeMap, convert::Infallible, error::Error, sync::Arc, time::Duration};
 
+use tokio::sync::Mutex;
 use tramline::{
     Batch, Coalesce, Handler, Message, Worker,
     ocs::{Body, Movement, Position},
@@ -19,7 +14,7 @@ use tramline::{
 
 mod site;
 
-/// Stands for yours: a write takes 100 ms.
+/// Stands for yours: it takes ten writes a second, one after the other.
 #[derive(Default)]
 struct Database {
     trains: Mutex<BTreeMap<String, (Option<Position>, u64)>>,
@@ -27,8 +22,8 @@ struct Database {
 
 impl Database {
     async fn write(&self, train: &str, position: Option<Position>) {
+        let mut trains = self.trains.lock().await;
         tokio::time::sleep(Duration::from_millis(100)).await;
-        let mut trains = self.trains.lock().expect("a lock");
         let (last, writes) = trains.entry(train.to_owned()).or_default();
         (*last, *writes) = (position, *writes + 1);
     }
@@ -76,7 +71,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .build()
         .await?;
     let report = worker.run(shutdown_signal()).await?;
-    let writes: u64 = database.trains.lock().expect("a lock").values().map(|(_, n)| n).sum();
+    let writes: u64 = database.trains.lock().await.values().map(|(_, n)| n).sum();
     println!("{} messages in {writes} writes", report.messages);
     Ok(())
 }
