@@ -1,10 +1,12 @@
 //! The smallest service: counts the messages of each line of the subway.
 //!
-//! `cargo run --example embedded -- ctd-ocs-raw-messages line-counter`
+//! `cargo run --example embedded`, until Ctrl-C; `-- STREAM APPLICATION` reads a stream of yours.
 
-use std::{collections::BTreeMap, convert::Infallible};
+use std::{collections::BTreeMap, convert::Infallible, error::Error};
 
 use tramline::{Batch, Handler, StartPosition, Worker, shutdown_signal};
+
+mod site;
 
 #[derive(Default)]
 struct LineCounter(BTreeMap<String, u64>);
@@ -23,13 +25,11 @@ impl Handler for LineCounter {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut args = std::env::args().skip(1);
-    let stream = args.next().ok_or("name the stream")?;
-    let application = args.next().ok_or("name the application")?;
-    let aws = aws_config::load_defaults(aws_config::BehaviorVersion::latest()).await;
+async fn main() -> Result<(), Box<dyn Error>> {
+    let site = site::Site::from_args().await?;
+    site.start_traffic().await?;
 
-    let worker = Worker::builder(&aws, stream, application)
+    let worker = Worker::builder(&site.aws, &site.stream, &site.application)
         .start(StartPosition::ServiceDay)
         .handler(|_shard| LineCounter::default()) // One for each shard.
         .build()

@@ -1,7 +1,8 @@
 //! Counts messages and adds up their numbers, each exactly once, however often the service is killed: the
 //! totals are stored in the same S3 object, and by the same write, as the position (docs/state.md).
 //!
-//! `cargo run --example exactly_once` kills it ten times on embedded servers, and looks at the totals.
+//! `cargo run --example exactly_once` kills it ten times on embedded servers, and looks at the totals;
+//! `-- STREAM APPLICATION BUCKET` counts a stream of yours, until nothing comes.
 
 use std::{
     error::Error,
@@ -9,10 +10,9 @@ use std::{
     time::Duration,
 };
 
-use tramline::{Batch, Checkpoints, Handler, StopReason, Worker};
+use tramline::{Batch, Checkpoints, Handler, StopReason, Worker, shutdown_signal};
 
-mod embedded_servers;
-use embedded_servers::{BUCKET, STREAM, put, start};
+mod site;
 
 /// The totals of one shard.
 #[derive(Clone, Default)]
@@ -61,24 +61,24 @@ impl Handler for Totals {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let local = start().await?;
+    let site = site::Site::from_args().await?;
     let told = Arc::default();
     let service = || {
         let totals = Totals::new(Arc::clone(&told));
-        Worker::builder(&local.sdk_config(), STREAM, "totals")
-            .checkpoints(Checkpoints::s3(BUCKET, "totals.state"))
-            .checkpoint_interval(Duration::from_millis(20))
-            .stop_when_idle(Duration::from_secs(1))
+        Worker::builder(&site.aws, &site.stream, &site.application)
+            .checkpoints(Checkpoints::s3(&site.bucket, "totals.state"))
+            .checkpoint_interval(Duration::from_millis(20)) // For a short life; the default is 5 s.
+            .stop_when_idle(Duration::from_secs(1)) // So that the example ends.
             .handler(move |_shard| totals.clone())
             .build()
     };
-    for n in 0..10 {
-        put(&local, n * 10..n * 10 + 10).await?;
+    for n in 0..if site.is_embedded() { 10 } else { 0 } {
+        site.put(n * 10..n * 10 + 10).await?;
         let running = service().await?.run(std::future::pending());
         // Dropped wherever it is.
         let _ = tokio::time::timeout(Duration::from_millis(100 + 30 * n), running).await;
     }
-    service().await?.run(std::future::pending()).await?;
+    service().await?.run(shutdown_signal()).await?;
 
     let shards: Vec<(u64, u64)> = std::mem::take(&mut *told.lock().expect("a lock"));
     let (counts, sums): (Vec<u64>, Vec<u64>) = shards.into_iter().unzip();

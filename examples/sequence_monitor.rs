@@ -1,15 +1,17 @@
 //! Prints the OCS messages that are missing, by the number that each sender gives to its messages, and
 //! those that came twice.
 //!
-//! `cargo run --example sequence_monitor -- ctd-ocs-raw-messages sequence-monitor`
+//! `cargo run --example sequence_monitor`, until Ctrl-C; `-- STREAM APPLICATION` reads a stream of yours.
 
-use std::{borrow::Cow, convert::Infallible};
+use std::{borrow::Cow, convert::Infallible, error::Error};
 
 use tramline::{
     Batch, Handler, Message, Retrieval, StartPosition, Worker,
     ocs::{SequenceMonitor, SequenceStep, counter},
     shutdown_signal,
 };
+
+mod site;
 
 /// Watches the senders of one shard and says what it sees.
 pub struct Watch<F> {
@@ -51,13 +53,11 @@ impl<F: FnMut(String) + Send + 'static> Handler for Watch<F> {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut args = std::env::args().skip(1);
-    let stream = args.next().ok_or("name the stream")?;
-    let application = args.next().ok_or("name the application")?;
-    let aws = aws_config::load_defaults(aws_config::BehaviorVersion::latest()).await;
+async fn main() -> Result<(), Box<dyn Error>> {
+    let site = site::Site::from_args().await?;
+    site.start_traffic().await?;
 
-    let worker = Worker::builder(&aws, stream, application)
+    let worker = Worker::builder(&site.aws, &site.stream, &site.application)
         .start(StartPosition::Latest)
         .retrieval(Retrieval::Polling) // Nobody waits for it: polling costs less than fan-out.
         .handler(|_shard| Watch::new(|line| println!("{line}")))

@@ -13,12 +13,10 @@ use std::{
     time::Duration,
 };
 
-use tramline::{
-    Batch, Checkpoints, Handler, Retrieval, StartPosition, Worker, WorkerBuilder, local::Local,
-};
+use tramline::{Batch, Checkpoints, Handler, Retrieval, StartPosition, Worker, WorkerBuilder};
 
-mod embedded_servers;
-use embedded_servers::{BUCKET, STREAM, put, start};
+mod site;
+use site::Site;
 
 /// Nothing is stored, and only what comes while it runs matters: a display.
 fn latest_only(worker: WorkerBuilder<()>) -> WorkerBuilder<()> {
@@ -27,7 +25,7 @@ fn latest_only(worker: WorkerBuilder<()>) -> WorkerBuilder<()> {
 
 /// Positions, and what `Handler::snapshot` returns, in one object that the service owns.
 fn state_in_s3(worker: WorkerBuilder<()>) -> WorkerBuilder<()> {
-    worker.checkpoints(Checkpoints::s3(BUCKET, "green.state"))
+    worker.checkpoints(Checkpoints::s3("rtr-state", "green.state"))
 }
 
 /// Positions in the lease table: the default. Any number of workers share the shards.
@@ -63,10 +61,10 @@ impl Handler for Count {
 }
 
 /// Runs a service until nothing comes, and gives how many messages it saw.
-async fn run(local: &Local, name: &str, strategy: Strategy) -> Result<u64, Box<dyn Error>> {
+async fn run(site: &Site, name: &str, strategy: Strategy) -> Result<u64, Box<dyn Error>> {
     let seen = Arc::new(AtomicU64::new(0));
     let count = seen.clone();
-    let worker = Worker::builder(&local.sdk_config(), STREAM, name)
+    let worker = Worker::builder(&site.aws, &site.stream, name)
         .retrieval(Retrieval::Polling)
         .stop_when_idle(Duration::from_secs(1));
     let worker = strategy(worker).handler(move |_shard| Count(count.clone())).build().await?;
@@ -76,15 +74,15 @@ async fn run(local: &Local, name: &str, strategy: Strategy) -> Result<u64, Box<d
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let local = start().await?;
+    let site = Site::embedded().await?;
     let mut first = Vec::new();
-    put(&local, 0..10).await?;
+    site.put(0..10).await?;
     for (name, strategy) in STRATEGIES {
-        first.push(run(&local, name, strategy).await?);
+        first.push(run(&site, name, strategy).await?);
     }
-    put(&local, 10..15).await?;
+    site.put(10..15).await?;
     for ((name, strategy), first) in STRATEGIES.into_iter().zip(first) {
-        println!("{name}: {first}, then {}", run(&local, name, strategy).await?);
+        println!("{name}: {first}, then {}", run(&site, name, strategy).await?);
     }
     Ok(())
 }

@@ -3,6 +3,12 @@
 //! This table is the one place for them. `tramline check` tries its rows, the README shows it, and a test
 //! compares it with the calls in the source, so that no call is added without a row.
 //!
+//! ```
+//! use tramline::permissions::{Command, of};
+//!
+//! assert!(of(Command::Produce).any(|row| row.action == "kinesis:PutRecords"));
+//! ```
+//!
 //! Left out are actions that AWS takes on a caller's behalf: a stream or a bucket that is encrypted with a
 //! key of one's own also needs `kms:Decrypt` to read and `kms:GenerateDataKey` to write, on that key.
 

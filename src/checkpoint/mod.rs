@@ -1,4 +1,11 @@
-//! How far a shard has been read.
+//! How far a shard is finished, and where that is kept.
+//!
+//! [`Checkpoints`] names the place: the lease table, an object of S3 or a file. [`Checkpoint`] is what is kept
+//! of a shard there, in the KCL's words; [`Tracker`] finds it when messages are finished in any order. The
+//! rest is for a place that keeps state as well: a [`StateStore`] of one [`ShardState`] for each shard.
+//!
+//! A worker does all of it by [`WorkerBuilder::checkpoints`](crate::WorkerBuilder::checkpoints); this is for
+//! tools that look at what is stored. The rows of the lease table are in [`lease`](crate::lease).
 
 mod document;
 mod file;

@@ -1,4 +1,6 @@
 //! The command line: one file per subcommand, and one model for flags, environment and file.
+//!
+//! Public for the program `tramline` alone, which calls [`main`].
 
 mod application;
 mod check;

@@ -6,9 +6,10 @@ use crate::record::Message;
 /// Gives a handler only the newest message of each key in a batch.
 ///
 /// For a handler that wants to know how things are, not how they came to be, and that is slower than the
-/// stream: a display of train positions, a cache. While it is behind, its batches are large and most of
-/// what is in them is outdated; the further behind, the more is left out. Where every message counts,
-/// such as schedule changes, give no key: those are always kept, in their place.
+/// stream: a display of train positions, a cache. While it is busy, what is read waits and becomes its next
+/// batch ([`Handler::takes_backlog`]), most of which is then outdated; the further behind, the more is left
+/// out. Where every message counts, such as schedule changes, give no key: those are always kept, in their
+/// place.
 ///
 /// What is left out counts as handled, and the checkpoint passes it. Each batch is looked at by itself:
 /// two batches may bring the same key.
@@ -68,6 +69,10 @@ where
     async fn handle(&mut self, batch: &Batch) -> Result<(), H::Error> {
         let newest = self.newest(batch);
         self.inner.handle(&newest).await
+    }
+
+    fn takes_backlog(&self) -> bool {
+        true
     }
 
     async fn started(&mut self, tenure: &Tenure) {

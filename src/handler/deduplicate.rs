@@ -83,6 +83,10 @@ impl<H: Handler> Handler for Deduplicate<H> {
         Ok(())
     }
 
+    fn takes_backlog(&self) -> bool {
+        self.inner.takes_backlog()
+    }
+
     async fn started(&mut self, tenure: &Tenure) {
         self.inner.started(tenure).await;
     }
@@ -155,5 +159,6 @@ mod tests {
             once.inner.heard,
             ["started", "ended", "lost", "stopping", "snapshot", "restore"]
         );
+        assert!(once.takes_backlog());
     }
 }

@@ -29,6 +29,20 @@ pub enum RetryPer {
 }
 
 /// How often a batch, and then each message of it, is offered to the handler.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use tramline::Retries;
+///
+/// // A database that may be away for an hour, and whose answer may take five minutes.
+/// let patient = Retries {
+///     attempts: u32::MAX,
+///     give_up_after: Some(Duration::from_secs(3600)),
+///     time_limit: Some(Duration::from_secs(300)),
+///     ..Retries::default()
+/// };
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retries {
     /// Attempts in all, at least one. Default: 5.
@@ -72,9 +86,9 @@ impl Retries {
 /// skipped: what fails so often is not bad input but a broken handler.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tolerance {
-    /// The most messages of a hundred that may fail.
+    /// The most messages of a hundred that may fail: 0.5 is one of two hundred.
     pub percent: f64,
-    /// Within this time.
+    /// Within this time, which moves on with the clock.
     pub window: Duration,
 }
 

@@ -82,6 +82,14 @@ pub trait Handler: Send + 'static {
     /// meanwhile, the call is dropped at its next `await`: another worker has the shard (P4).
     fn handle(&mut self, batch: &Batch) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
+    /// Whether a batch is to hold all that was read and waits, up to 10 000 records, instead of what one
+    /// read gave. For a handler whose work grows slower than its batch: one that leaves out what is outdated
+    /// ([`Coalesce`]), or that writes a batch in one go. One that takes its time for every message is better
+    /// without: its batches would outgrow the time limit of [`Retries`]. Asked before each batch.
+    fn takes_backlog(&self) -> bool {
+        false
+    }
+
     /// Reading of the shard starts.
     fn started(&mut self, tenure: &Tenure) -> impl Future<Output = ()> + Send {
         let _ = tenure;
@@ -153,7 +161,20 @@ pub struct Tenure {
     pub owner_switches: u64,
 }
 
-/// Messages of one shard, in order.
+/// Messages of one shard, in order: those of one read, or of several
+/// ([`Handler::takes_backlog`]). A slice of [`Message`] with a few things to ask of the worker.
+///
+/// A read is a `GetRecords` answer, of up to 10 000 records and 10 MiB, or an event of `SubscribeToShard`;
+/// a record may hold many messages. There is always at least one.
+///
+/// ```
+/// use tramline::Batch;
+///
+/// /// When the producer received the first and the last one.
+/// fn span(batch: &Batch) -> Option<(&str, &str)> {
+///     Some((batch.first()?.time_text(), batch.last()?.time_text()))
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Batch {
     pub(crate) messages: Vec<Message>,
@@ -213,7 +234,33 @@ impl Batch {
     /// Takes over to say when each message is finished: one [`Ack`] for each, in the order of the
     /// messages. `Ok` then says only that the batch was taken, so that the next one comes; acknowledge in
     /// any order, from any task. The checkpoint stays before the first message that is not acknowledged,
-    /// and reading waits while too many are not.
+    /// and reading waits while too many are not ([`WorkerBuilder::max_unacked`]).
+    ///
+    /// ```
+    /// use std::convert::Infallible;
+    ///
+    /// use tramline::{Batch, Handler};
+    ///
+    /// /// Works on all messages of a batch at once, and on those of the next one beside them.
+    /// struct AtOnce;
+    ///
+    /// impl Handler for AtOnce {
+    ///     type Error = Infallible;
+    ///
+    ///     async fn handle(&mut self, batch: &Batch) -> Result<(), Infallible> {
+    ///         for (message, ack) in batch.iter().cloned().zip(batch.ack_later()) {
+    ///             tokio::spawn(async move {
+    ///                 println!("{}", message.raw());
+    ///                 ack.ack();
+    ///             });
+    ///         }
+    ///         Ok(())
+    ///     }
+    /// }
+    /// ```
+    ///
+    /// [`WorkerBuilder::max_unacked`]: crate::WorkerBuilder::max_unacked
+    #[must_use = "a message that is not acknowledged comes again"]
     pub fn ack_later(&self) -> Vec<Ack> {
         self.acks.asked.acks.store(true, Ordering::Release);
         let ack = |serial: &u64| Ack::new(*serial, self.acks.to.clone());
@@ -232,7 +279,8 @@ impl Batch {
         self.acks.asked.checkpoint.load(Ordering::Relaxed)
     }
 
-    /// How far behind the tip of the stream this batch was read, where the server tells.
+    /// How far behind the tip of the stream this batch was read, where the server tells
+    /// (`MillisBehindLatest`).
     pub fn behind(&self) -> Option<Duration> {
         self.behind
     }
@@ -337,6 +385,10 @@ pub(crate) mod testing {
         fn restore(&mut self, _: &[u8]) -> Result<(), Self::Error> {
             self.heard.push("restore");
             Ok(())
+        }
+
+        fn takes_backlog(&self) -> bool {
+            true
         }
     }
 

@@ -1,4 +1,7 @@
 //! The lease table in DynamoDB: its rows, and the conditional writes to them.
+//!
+//! The attributes are the KCL's (`DynamoDBLeaseSerializer` of amazon-kinesis-client), and a few of ours that
+//! it leaves alone. Rows of the KCL 3.x that are no leases are never written and never read as one.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -86,6 +89,7 @@ impl LeaseTable {
     }
 
     /// The same table, of an application that reads several streams: of these.
+    #[must_use]
     pub fn of_streams(self, streams: impl IntoIterator<Item = StreamIdentifier>) -> Self {
         Self { streams: Arc::new(streams.into_iter().collect()), ..self }
     }

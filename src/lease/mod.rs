@@ -3,6 +3,11 @@
 //! A lease is a row of a DynamoDB table, laid out as the Java KCL lays it out, so that a KCL fleet can
 //! stop and a Tramline fleet go on from its table, or the reverse. Every write carries the counter
 //! that it saw and raises it by one, so of two writers one is refused.
+//!
+//! For tools, and for tests that put a fleet into one process: a service has its [`Worker`](crate::Worker),
+//! which does all of this by itself. What is decided is in [`plan`], which is pure; [`LeaseLoop`] asks it and
+//! does what it says, on a [`LeaseStore`]: [`dynamodb`] or a [`MemoryTable`]. [`overview`] says how a fleet
+//! is, [`reset`] moves checkpoints and frees leases. The reading of shards is not here.
 
 #[cfg(test)]
 mod deaf;
@@ -128,6 +133,7 @@ impl Lease {
     }
 
     /// The lease as `change` leaves it.
+    #[must_use]
     pub fn after(&self, change: &Change) -> Self {
         let mut lease = Self { counter: self.counter.saturating_add(1), ..self.clone() };
         match change {

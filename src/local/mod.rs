@@ -1,6 +1,8 @@
 //! Kinesis, DynamoDB and S3 in this process, for the demo, for tests and for trying things out.
 //!
-//! Each is a well-kept emulator behind a loopback port; nothing of Tramline knows that it is not AWS.
+//! Each is a well-kept emulator behind a loopback port (`ferrokinesis`, `dynoxide`, `s3s-fs`); nothing of
+//! Tramline knows that it is not AWS. They check no signatures and no permissions, and have no limits of
+//! throughput; Kinesis says 0 for how far a reader is behind, and has fan-out and resharding.
 
 use std::{
     fs::{File, TryLockError},
@@ -27,6 +29,19 @@ const CREDENTIAL: &str = "local";
 const PUT_LIMIT_BYTES: usize = 7 * 1024 * 1024;
 
 /// Embedded servers that run until this is dropped.
+///
+/// ```
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use tramline::local::{Local, LocalSettings};
+///
+/// let local = Local::start(LocalSettings::default()).await?;
+/// let kinesis = aws_sdk_kinesis::Client::new(&local.sdk_config());
+/// assert!(kinesis.list_streams().send().await?.stream_names.is_empty());
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "the servers stop when this is dropped"]
 pub struct Local {
     kinesis: String,
     dynamodb: String,
@@ -65,7 +80,8 @@ impl Default for LocalSettings {
 }
 
 impl Local {
-    /// Starts the servers on ports that the system picks.
+    /// Starts the servers on ports of 127.0.0.1 that the system picks. An error if the directory cannot be
+    /// used, or another process does.
     pub async fn start(settings: LocalSettings) -> Result<Self, LocalError> {
         let dir = settings.dir.as_deref();
         let lock = dir.map(lock).transpose()?;

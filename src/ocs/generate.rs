@@ -1,6 +1,15 @@
 //! Made-up OCS traffic that hangs together: trains run between real termini, serve trips that were
 //! announced before, and leave. The same seed gives the same bytes on every machine, so nothing
 //! here reads a clock or calls a maths function that differs between platforms.
+//!
+//! A [`Generator`] is an iterator without end; sending what it gives, and when, is for others.
+//!
+//! ```
+//! use tramline::ocs::generate::{Generator, Item, Profile};
+//!
+//! let lines = || Generator::new(1, 0, Profile::Day).filter(|item| *item != Item::Heartbeat);
+//! assert_eq!(lines().nth(99), lines().nth(99));
+//! ```
 
 use std::collections::{BTreeMap, VecDeque};
 

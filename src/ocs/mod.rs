@@ -1,7 +1,8 @@
 //! The domain: what OCS sends, and the event that carries it.
 //!
 //! Pure. Framing and events know no sockets, the service day knows no clock, and the traffic generator
-//! gives the same bytes for the same seed.
+//! gives the same bytes for the same seed. Each line is read by itself: which trains there are, and when
+//! they come, is for services to work out.
 //!
 //! # The OCS line
 //!

@@ -10,6 +10,14 @@ use super::clock::EASTERN;
 
 /// When a service day starts: 02:00 in America/New_York by default, so that the hours after midnight
 /// still belong to the day before.
+///
+/// ```
+/// use tramline::ocs::ServiceDay;
+///
+/// let after_midnight = "2025-07-03T00:30:00-04:00".parse()?;
+/// assert_eq!(ServiceDay::default().date(after_midnight).to_string(), "2025-07-02");
+/// # Ok::<(), jiff::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServiceDay {
     starts_at: Time,

@@ -44,17 +44,18 @@ pub enum PartitionKey {
 /// How OCS connections are received.
 #[derive(Debug, Clone)]
 pub struct ListenerSettings {
-    /// Who may connect; empty: everyone.
+    /// Who may connect. Default: empty, and so everyone.
     pub allow: Vec<IpNet>,
-    /// How many may be connected at the same time.
+    /// How many may be connected at the same time. Default: 256.
     pub max_connections: usize,
-    /// Encryption; `None`: none.
+    /// Encryption. Default: none.
     pub tls: Option<ListenerTls>,
     /// What the partition key is made of.
     pub partition_key: PartitionKey,
-    /// A connection is closed that for this long sends no byte, or does not end a message.
+    /// A connection is closed that for this long sends no byte, or does not end a message. Default: 5 min.
     pub stale_after: Duration,
-    /// The longest OCS message, without its end byte: at most 128 KiB. A longer one is a dead letter.
+    /// The longest OCS message in bytes, without its end byte: at most 128 KiB. A longer one is a dead letter.
+    /// Default: 64 KiB.
     pub max_message_bytes: usize,
     /// Who counts OCS sequence numbers.
     pub sequence_per: SequencePer,
@@ -78,6 +79,23 @@ impl Default for ListenerSettings {
 }
 
 /// Listens for OCS connections and writes their messages to a stream.
+///
+/// A connection carries OCS lines, each ended by EOT (0x04). What was received is in the
+/// [spool](ProducerSettings::spool) before it is put; while that is full, the sockets are not read.
+///
+/// ```no_run
+/// # async fn example(aws: &aws_types::SdkConfig) -> Result<(), Box<dyn std::error::Error>> {
+/// use tramline::{ListenerSettings, OcsListener, shutdown_signal};
+///
+/// let settings = ListenerSettings { allow: vec!["10.0.0.0/8".parse()?], ..Default::default() };
+/// let address = "0.0.0.0:8001".parse()?;
+/// let listener = OcsListener::bind(aws, "ctd-ocs-raw-messages", address, settings).await?;
+/// let report = listener.run(shutdown_signal()).await?;
+/// println!("{} of {} messages are in the stream", report.put, report.messages);
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "it listens, and receives nothing until it runs"]
 pub struct OcsListener {
     listener: TcpListener,
     stream: Stream,
@@ -86,7 +104,8 @@ pub struct OcsListener {
 }
 
 impl OcsListener {
-    /// Listens on `address`, for messages that are to go to `stream`.
+    /// Listens on `address`, for messages that are to go to `stream`. AWS may be away. An error says what is
+    /// wrong with the address, the TLS files or the spool.
     pub async fn bind(
         config: &SdkConfig,
         stream: &str,

@@ -85,25 +85,28 @@ const CALL_RECORDS: usize = 500;
 /// How messages are kept, batched and put.
 #[derive(Debug, Clone)]
 pub struct ProducerSettings {
-    /// The CloudEvents' source, a URI reference.
+    /// The CloudEvents' source, a URI reference. Default: `HOST.mbta.com/trike`.
     pub source: String,
     /// What a record holds.
     pub encoding: Encoding,
-    /// Whether records are compressed: the whole of one, or each user record of a KPL aggregate.
+    /// Whether records are compressed: the whole of one, or each user record of a KPL aggregate. Default:
+    /// they are not.
     pub gzip: bool,
     /// When messages go.
     pub batch: BatchPolicy,
-    /// The most bytes of a record, partition key included: what the stream is set to, 1 MiB to 10 MiB.
+    /// The most bytes of a record, partition key included: what the stream is set to, 1 MiB to 10 MiB (AWS
+    /// API reference, `MaxRecordSizeInKiB`). Default: 1 MiB.
     pub record_limit_bytes: usize,
     /// What each shard takes a second. More than the stream allows leaves it to its refusals.
     pub shard_rate: ShardRate,
-    /// Where messages wait for Kinesis.
+    /// Where messages wait for Kinesis. Default: on disk, in the directory of [`Spool::State`].
     pub spool: Spool,
-    /// How many bytes of messages may wait there before nothing more is received; at least 1 MiB.
+    /// How many bytes of messages may wait there before nothing more is received; at least 1 MiB. Default:
+    /// 1 GiB.
     pub spool_limit_bytes: u64,
-    /// The time from one write to the disk to the next: what arrives meanwhile shares one.
+    /// The time from one write to the disk to the next: what arrives meanwhile shares one. Default: 5 ms.
     pub spool_commit_delay: Duration,
-    /// How long a stop may take.
+    /// How long a stop may take. Default: 30 s.
     pub shutdown_limit: Duration,
 }
 
@@ -230,7 +233,8 @@ pub struct StoredAt {
     pub sequence_number: String,
 }
 
-/// Completes when Kinesis has the message. It need not be awaited: the message is put all the same.
+/// Completes when Kinesis has the message. It need not be awaited: the message is put all the same. An error
+/// if the producer ends first: then the message is in the spool, if that is on disk.
 #[derive(Debug)]
 pub struct Receipt(oneshot::Receiver<StoredAt>);
 
@@ -345,7 +349,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Producer {
-    /// Opens the spool and puts what is left in it. AWS may be away.
+    /// Opens the spool and puts what is left in it. AWS may be away, and the stream missing: it is tried
+    /// until it works. An error says what is wrong with the spool.
     pub async fn start(
         config: &SdkConfig,
         stream: &str,
@@ -485,7 +490,8 @@ impl Producer {
         self.shared.lane(partition_key.as_ref(), source_ip)
     }
 
-    /// Completes when Kinesis has all that was sent until now. What waits for other messages goes at once.
+    /// Completes when Kinesis has all that was sent until now, however long AWS is away. What waits for other
+    /// messages goes at once. An error if the producer ends first.
     pub async fn flush(&self) -> Result<(), SendError> {
         self.shared.flush(None).await
     }
@@ -646,7 +652,8 @@ struct OpenLane {
 }
 
 impl Lane {
-    /// Sends one OCS message, received now. Waits while the spool is full.
+    /// Sends one OCS message of 1 byte to 128 KiB, without its end byte, received now. Waits while the spool is
+    /// full; AWS is not waited for. An error says that the message was not taken.
     pub async fn send(&self, raw: impl AsRef<[u8]>) -> Result<Receipt, SendError> {
         let raw = raw.as_ref();
         match raw.len() {
@@ -663,7 +670,8 @@ impl Lane {
         Ok(Receipt(received))
     }
 
-    /// Completes when Kinesis has all that was sent in this lane until now.
+    /// Completes when Kinesis has all that was sent in this lane until now. An error if the producer ends
+    /// first.
     pub async fn flush(&self) -> Result<(), SendError> {
         self.shared().flush(Some(self.0.id)).await
     }

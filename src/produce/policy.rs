@@ -6,14 +6,14 @@ use std::{collections::BTreeMap, time::Duration};
 /// arrives forms the next one, up to the record limit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchPolicy {
-    /// How long a message of a type that `delays` does not name may wait.
+    /// How long a message of a type that `delays` does not name may wait. Default: 1 s.
     pub delay: Duration,
     /// How long a message of a type may wait, such as `TMOV`: not at all by default, because signs show
     /// where trains are.
     pub delays: BTreeMap<String, Duration>,
-    /// So many messages do not wait any longer.
+    /// So many messages do not wait any longer. Default: 500.
     pub messages: u64,
-    /// A record of so many bytes does not wait any longer.
+    /// A record of so many bytes does not wait any longer. Default: 256 KiB.
     pub bytes: u64,
 }
 

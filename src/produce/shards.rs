@@ -7,17 +7,17 @@ use tokio::time::Instant;
 
 use crate::shard::{HashKeyRange, Shard};
 
-/// What one shard takes a second (AWS: Kinesis Data Streams quotas).
+/// What one shard takes a second. Default: 1 MiB and 1000 records (AWS: Kinesis Data Streams quotas).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ShardRate {
-    /// Bytes of data and partition keys.
+    /// Bytes of data and partition keys, a second.
     pub bytes: u32,
-    /// Records.
+    /// Records a second.
     pub records: u32,
 }
 
 impl ShardRate {
-    /// So many bytes, with 1000 records for each MiB.
+    /// So many bytes a second, with 1000 records for each MiB.
     pub fn of_bytes(bytes: u32) -> Self {
         let records = u64::from(bytes) * 1000 / (1024 * 1024);
         Self { bytes: bytes.max(1), records: u32::try_from(records).unwrap_or(u32::MAX).max(1) }

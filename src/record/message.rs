@@ -15,7 +15,17 @@ use crate::{
 /// One OCS message and where it came from.
 ///
 /// Cheap to clone and to keep: the messages of a record share its bytes, and texts are read from them
-/// in place.
+/// in place. To keep one message is to keep its record, which may have 10 MiB.
+///
+/// ```
+/// use tramline::Message;
+///
+/// /// Names one message of the stream, also when it comes again.
+/// fn place(message: &Message) -> String {
+///     let (shard, number) = (message.shard(), message.sequence_number());
+///     format!("{shard}/{number}/{}", message.sub_sequence_number())
+/// }
+/// ```
 #[derive(Clone)]
 pub struct Message {
     pub(super) origin: Arc<Origin>,

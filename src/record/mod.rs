@@ -3,6 +3,9 @@
 //! [`unpack`] takes a record apart. It holds a CloudEvent or a JSON array of them, as they are, in gzip, or
 //! in the user records of a KPL aggregate; each event holds one OCS message or a batch. What cannot be
 //! decoded is never dropped: it comes out beside the messages with its place, its bytes and the reason.
+//!
+//! Pure: no stream is read here, and nothing is stored. What an OCS line says is in [`ocs`](crate::ocs); a
+//! [`Message`] gives it when it is asked to.
 
 mod aggregate;
 mod gzip;

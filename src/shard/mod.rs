@@ -1,6 +1,7 @@
-//! The stream's shape: shards, their order in time, and which of them ought to have a lease.
+//! The stream's shape: shards, their place in the stream, and the numbers of their records.
 //!
-//! Pure: what ListShards answered goes in, decisions come out.
+//! Pure, and only names and values: which shards ought to have a lease is decided in
+//! [`lease`](crate::lease), and reading them is the worker's.
 
 use std::{cmp::Ordering, fmt, sync::Arc};
 
@@ -112,6 +113,13 @@ impl Serialize for ShardId {
 ///
 /// AWS writes 56 decimal digits, other servers fewer, so the text is kept as it came and compared as
 /// a number of any length.
+///
+/// ```
+/// use tramline::SequenceNumber;
+///
+/// assert!(SequenceNumber::parse("9") < SequenceNumber::parse("10"));
+/// assert_eq!(SequenceNumber::parse("latest"), None);
+/// ```
 #[derive(Debug, Clone)]
 pub struct SequenceNumber(Box<str>);
 

@@ -18,10 +18,14 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 /// What a read and a record take beyond their payload, roughly: empty reads must not pile up either.
 const READ_OVERHEAD_BYTES: usize = 1024;
 const RECORD_OVERHEAD_BYTES: usize = 128;
+/// The most records of a backlog that are given at once: as many as one read of Kinesis may have.
+const BACKLOG_RECORDS: usize = 10_000;
 
 /// A shard that is being read in the background. Dropping it stops the reading.
 pub(crate) struct Prefetch {
     reads: mpsc::UnboundedReceiver<Result<Prefetched, SourceError>>,
+    /// One that was looked at and not given yet.
+    next: Option<Result<Prefetched, SourceError>>,
     task: JoinHandle<()>,
 }
 
@@ -37,7 +41,28 @@ pub(crate) enum Failing<'a> {
 /// A read, and the part of the buffer that it takes until it is dropped.
 pub(crate) struct Prefetched {
     pub read: Read,
-    _room: Option<OwnedSemaphorePermit>,
+    room: Option<OwnedSemaphorePermit>,
+}
+
+impl Prefetched {
+    /// Whether it says no more than that there was nothing when it was made.
+    fn is_empty(&self) -> bool {
+        self.read.records.is_empty() && self.read.end.is_none()
+    }
+
+    /// Takes up the read that follows, unless that is too much for one.
+    fn append(&mut self, mut next: Self) -> Result<(), Self> {
+        if self.read.records.len() + next.read.records.len() > BACKLOG_RECORDS {
+            return Err(next);
+        }
+        self.read.records.append(&mut next.read.records);
+        (self.read.behind, self.read.end) = (next.read.behind, next.read.end);
+        match (&mut self.room, next.room) {
+            (Some(room), Some(more)) => room.merge(more),
+            (room, more) => *room = room.take().or(more),
+        }
+        Ok(())
+    }
 }
 
 impl Prefetch {
@@ -53,13 +78,38 @@ impl Prefetch {
         let (sender, reads) = mpsc::unbounded_channel();
         Self {
             reads,
+            next: None,
             task: tokio::spawn(run(reader, limit_bytes, failing, sender).in_current_span()),
         }
     }
 
-    /// The next read. An error is final: reading may not succeed without someone doing something.
-    pub(crate) async fn next(&mut self) -> Option<Result<Prefetched, SourceError>> {
-        self.reads.recv().await
+    /// The next read, or with `backlog` all that wait, up to 10 000 records. An error is final: reading
+    /// may not succeed without someone doing something.
+    pub(crate) async fn next(&mut self, backlog: bool) -> Option<Result<Prefetched, SourceError>> {
+        let mut given = match self.next.take() {
+            Some(next) => next,
+            None => self.reads.recv().await?,
+        };
+        if backlog && let Ok(given) = &mut given {
+            while let Ok(next) = self.reads.try_recv() {
+                match next {
+                    // Outdated by what follows. If nothing does, it says that the tip is reached.
+                    Ok(next) if next.is_empty() => self.next = Some(Ok(next)),
+                    Ok(next) => match given.append(next) {
+                        Ok(()) => self.next = None,
+                        Err(next) => {
+                            self.next = Some(Ok(next));
+                            break;
+                        }
+                    },
+                    Err(error) => {
+                        self.next = Some(Err(error));
+                        break;
+                    }
+                }
+            }
+        }
+        Some(given)
     }
 }
 
@@ -123,8 +173,91 @@ async fn run(
             read.size_bytes() + READ_OVERHEAD_BYTES + read.records.len() * RECORD_OVERHEAD_BYTES;
         let size = u32::try_from(size).unwrap_or(u32::MAX).min(limit_bytes);
         let room = room.clone().acquire_many_owned(size).await.ok();
-        if sender.send(Ok(Prefetched { read, _room: room })).is_err() || ended {
+        if sender.send(Ok(Prefetched { read, room })).is_err() || ended {
             return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{aws::AwsError, record::Record, shard::SequenceNumber};
+
+    /// Reads that wait, of these records and with this room each.
+    fn waiting(reads: Vec<Result<Vec<usize>, &str>>) -> (Prefetch, Arc<Semaphore>) {
+        let room = Arc::new(Semaphore::new(100));
+        let (sender, waiting) = mpsc::unbounded_channel();
+        for read in reads {
+            let record = |n: usize| Record {
+                sequence_number: SequenceNumber::parse(n.to_string()).expect("a number"),
+                partition_key: "k".to_owned(),
+                arrived_at: None,
+                data: "{}".into(),
+            };
+            let room = room.clone().try_acquire_owned().ok();
+            let read = match read {
+                Ok(numbers) => Ok(Prefetched {
+                    read: Read {
+                        behind: numbers.last().map(|n| Duration::from_secs(*n as u64)),
+                        records: numbers.into_iter().map(record).collect(),
+                        end: None,
+                    },
+                    room,
+                }),
+                Err(said) => Err(SourceError::Stream {
+                    stream: said.to_owned(),
+                    source: AwsError::new("a", crate::AwsErrorKind::Refused, said),
+                }),
+            };
+            assert!(sender.send(read).is_ok());
+        }
+        (Prefetch { reads: waiting, next: None, task: tokio::spawn(async {}) }, room)
+    }
+
+    fn numbers(given: &Prefetched) -> Vec<String> {
+        given.read.records.iter().map(|r| r.sequence_number.as_str().to_owned()).collect()
+    }
+
+    #[tokio::test]
+    async fn p2_a_backlog_is_given_in_order_and_frees_its_room_when_it_is_handled() {
+        let reads = [vec![1, 2], vec![3], vec![], vec![4], vec![]].map(Ok);
+        let (mut prefetch, room) = waiting(reads.into_iter().chain([Err("gone")]).collect());
+        let given = prefetch.next(true).await.expect("a read").expect("no error");
+        assert_eq!(numbers(&given), ["1", "2", "3", "4"]);
+        assert_eq!(given.read.behind, Some(Duration::from_secs(4)));
+        assert_eq!(room.available_permits(), 97, "only the four records take room");
+        drop(given);
+        assert_eq!(room.available_permits(), 100);
+        assert!(prefetch.next(true).await.expect("an answer").is_err());
+        assert!(prefetch.next(true).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn that_the_tip_is_reached_is_told_after_the_backlog() {
+        let (mut prefetch, _) = waiting(vec![Ok(vec![1]), Ok(vec![]), Ok(vec![2]), Ok(vec![])]);
+        let given = prefetch.next(true).await.expect("a read").expect("no error");
+        assert_eq!(numbers(&given), ["1", "2"]);
+        let tip = prefetch.next(true).await.expect("a read").expect("no error");
+        assert!(tip.read.reached_tip());
+    }
+
+    #[tokio::test]
+    async fn without_a_wish_for_the_backlog_each_read_is_given_by_itself() {
+        let (mut prefetch, _) = waiting(vec![Ok(vec![1]), Ok(vec![2])]);
+        for expected in ["1", "2"] {
+            let given = prefetch.next(false).await.expect("a read").expect("no error");
+            assert_eq!(numbers(&given), [expected]);
+        }
+    }
+
+    #[tokio::test]
+    async fn no_more_records_are_given_at_once_than_one_read_may_have() {
+        let (mut prefetch, _) =
+            waiting(vec![Ok((1..=6_000).collect()), Ok((6_001..=12_000).collect())]);
+        for _ in 0..2 {
+            let given = prefetch.next(true).await.expect("a read").expect("no error");
+            assert_eq!(given.read.records.len(), 6_000);
         }
     }
 }

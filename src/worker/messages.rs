@@ -59,7 +59,7 @@ impl WorkerBuilder<()> {
         Ok(Messages { from_worker, running: Some(running), observer, _stop, stop })
     }
 
-    /// Starts the worker, to be polled for messages.
+    /// Starts the worker, to be polled for messages. For the rest it is as [`messages`](Self::messages) is.
     ///
     /// ```no_run
     /// # async fn example(aws: aws_config::SdkConfig) -> Result<(), tramline::WorkerError> {
@@ -142,6 +142,7 @@ impl Deref for Received {
 /// It ends when the worker does, also by an error: [`finish`](Self::finish) tells. Dropping it stops the
 /// worker in the background.
 #[derive(Debug)]
+#[must_use = "the worker stops when this is dropped"]
 pub struct Messages {
     from_worker: mpsc::Receiver<Received>,
     running: Option<JoinHandle<Result<Report, WorkerError>>>,
@@ -189,8 +190,10 @@ impl Stream for Messages {
     }
 }
 
-/// A worker that is polled. Made by [`WorkerBuilder::poller`].
+/// A worker that is polled. Made by [`WorkerBuilder::poller`]. Dropping it stops the worker in the
+/// background.
 #[derive(Debug)]
+#[must_use = "the worker stops when this is dropped"]
 pub struct Poller {
     messages: Messages,
     /// Of what the last poll gave.

@@ -66,7 +66,21 @@ const WATCH_AT_LEAST_EVERY: Duration = Duration::from_secs(5);
 
 /// Reads streams: takes leases, hands messages to one handler per shard, and checkpoints.
 ///
-/// Made by [`Worker::builder`]; runs until it is told to stop.
+/// Made by [`Worker::builder`]; runs until it is told to stop. The [front page](crate#a-service-in-one-page)
+/// has a whole service.
+///
+/// Any number of workers of one application, in one process or in many, share the shards of its streams.
+/// Each shard that a worker reads has a task of its own, with a handler of its own.
+///
+/// ```no_run
+/// # async fn example<F, H>(worker: tramline::Worker<F>) -> Result<(), tramline::WorkerError>
+/// # where F: Fn(&tramline::ShardId) -> H, H: tramline::Handler {
+/// let report = worker.run(tramline::shutdown_signal()).await?;
+/// println!("{} messages are finished", report.messages);
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a worker does nothing until it runs"]
 pub struct Worker<F> {
     streams: Streams,
     leases: Leases,
@@ -274,10 +288,11 @@ impl WorkerError {
 }
 
 impl Worker<()> {
-    /// Starts to describe a worker of `application` that reads `stream`.
+    /// Starts to describe a worker of `application` that reads `stream`, by its name.
     ///
-    /// The application's name is that of its lease table and of its fan-out consumer. Workers of one
-    /// application share the stream's shards; each application gets every message.
+    /// The application's name is that of its lease table and of its fan-out consumer: 3 to 128 letters,
+    /// digits, dots, underscores and hyphens (AWS API reference, CreateTable and RegisterStreamConsumer).
+    /// Workers of one application share the stream's shards; each application gets every message.
     pub fn builder(
         config: &aws_types::SdkConfig,
         stream: impl Into<String>,
@@ -306,7 +321,14 @@ where
     }
 
     /// Reads until `shutdown` completes, then stops cleanly: running batches finish, last checkpoints
-    /// are written, leases are given up (P6).
+    /// are written, leases are given up (P6). It ends by itself at the end of a window
+    /// ([`until`](WorkerBuilder::until)), [when idle](WorkerBuilder::stop_when_idle), or when no shard is
+    /// left to read because the handlers of all have failed.
+    ///
+    /// Throttling, lost connections and outages of AWS are no errors: what worked once is tried until it
+    /// works again. An error is something that somebody must repair, and says what. If the future is dropped
+    /// instead, it is as after a crash: what was handled since the last checkpoint comes again, and the
+    /// leases are free when they have run out.
     pub async fn run(
         self,
         shutdown: impl Future<Output = ()> + Send,

@@ -26,7 +26,25 @@ use crate::{
     shard::ShardId,
 };
 
-/// Tells how a worker is doing while it runs. Cloning it is cheap.
+/// Tells how a worker is doing while it runs. Cloning it is cheap, and asking holds nothing up.
+///
+/// ```no_run
+/// # async fn example(worker: tramline::WorkerBuilder<()>) -> Result<(), tramline::WorkerError> {
+/// # let worker = worker.handler(|_| tramline::feed::Stdout::new(Default::default()).unwrap());
+/// let worker = worker.build().await?;
+/// let observer = worker.observer();
+/// tokio::spawn(async move {
+///     loop {
+///         tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+///         for shard in observer.status().shards {
+///             println!("{} is {:?} behind", shard.shard, shard.behind);
+///         }
+///     }
+/// });
+/// worker.run(tramline::shutdown_signal()).await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Observer(pub(super) Arc<Observed>);
 
@@ -34,7 +52,7 @@ pub struct Observer(pub(super) Arc<Observed>);
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct WorkerStatus {
-    /// Its name in the lease table.
+    /// Its name in the lease table ([`WorkerBuilder::worker_id`](crate::WorkerBuilder::worker_id)).
     pub worker: String,
     /// How long it runs; zero before it does.
     pub uptime: Duration,
@@ -42,7 +60,7 @@ pub struct WorkerStatus {
     pub counts: Report,
     /// How leases came and went.
     pub leases: LeaseMoves,
-    /// When it last looked for leases with success.
+    /// How long ago it last looked for leases with success; `None` before it has.
     pub looked: Option<Duration>,
     /// Why its last look for leases failed, if it did.
     pub look_error: Option<String>,

@@ -21,7 +21,16 @@ use crate::{
 /// Where reading starts in a shard that has no checkpoint.
 ///
 /// Whatever is chosen becomes a concrete place when the shard is first opened, and stays it: a lost
-/// connection, an expired iterator or a restart before the first record skips nothing.
+/// connection, an expired iterator or a restart before the first record skips nothing. A stream keeps
+/// records for 24 hours, or as long as it is set to: what is older than that cannot be read.
+///
+/// ```
+/// use tramline::StartPosition;
+///
+/// let morning = StartPosition::At("2025-07-02T06:00:00-04:00".parse()?);
+/// assert_ne!(morning, StartPosition::default());
+/// # Ok::<(), jiff::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum StartPosition {
     /// With what arrives from now on.
@@ -119,7 +128,30 @@ pub(super) struct Settings {
     pub stop_when_idle: Option<Duration>,
 }
 
-/// Describes a worker. Every setting but the handler has a default.
+/// Describes a worker. Every setting but the handler has a default. Made by [`Worker::builder`], and ended by
+/// [`build`](Self::build), or without a handler by [`messages`](Self::messages) or [`poller`](Self::poller).
+///
+/// ```no_run
+/// # async fn example(aws: aws_config::SdkConfig) -> Result<(), Box<dyn std::error::Error>> {
+/// use std::time::Duration;
+///
+/// use tramline::{Checkpoints, DeadLetters, Retrieval, StartPosition, Worker};
+/// # use tramline::feed::{Format, Stdout};
+/// # let print = Stdout::new(Format::Raw)?;
+///
+/// let worker = Worker::builder(&aws, "ctd-ocs-raw-messages", "rtr-green")
+///     .start(StartPosition::ServiceDay)
+///     .retrieval(Retrieval::Polling)
+///     .checkpoints(Checkpoints::s3("rtr-state", "green/{shard}.state"))
+///     .checkpoint_interval(Duration::from_secs(30))
+///     .dead_letters(DeadLetters::s3("rtr-dead-letters", "green"))
+///     .handler(move |_shard| print.clone())
+///     .build()
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "it describes a worker, and starts none"]
 pub struct WorkerBuilder<F> {
     config: SdkConfig,
     streams: Vec<String>,
@@ -173,7 +205,7 @@ impl WorkerBuilder<()> {
         }
     }
 
-    /// Makes the handler for each shard that the worker reads.
+    /// Makes the handler for each shard that the worker reads, each time that it takes the shard's lease.
     pub fn handler<F, H>(self, make_handler: F) -> WorkerBuilder<F>
     where
         F: Fn(&ShardId) -> H,
@@ -237,15 +269,17 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
-    /// The DynamoDB table of the leases. Default: the application's name, as in the KCL.
+    /// The DynamoDB table of the leases: 3 to 255 letters, digits, dots, underscores and hyphens (AWS API
+    /// reference, CreateTable). It is created if there is none, paid per request. Default: the application's
+    /// name, as in the KCL.
     pub fn lease_table(mut self, name: impl Into<String>) -> Self {
         self.lease_table = Some(name.into());
         self
     }
 
     /// The name by which other workers know this one. It must be its own: two processes of one name
-    /// cannot be told apart, and both read the shards of either. A worker that is restarted under its old name takes its leases back at
-    /// once. Default: host name, process id and a random part.
+    /// cannot be told apart, and both read the shards of either. A worker that is restarted under its old
+    /// name takes its leases back at once. Default: host name, process id and a random part.
     pub fn worker_id(mut self, id: impl Into<String>) -> Self {
         self.settings.worker_id = id.into();
         self
@@ -371,7 +405,8 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
-    /// How many bytes of records a shard may hold that wait for the handler. Default: 8 MiB.
+    /// How many bytes of records a shard may hold that wait for the handler; a read that is under way comes
+    /// on top, at most 10 MiB. Default: 8 MiB.
     pub fn prefetch_bytes(mut self, limit: u32) -> Self {
         self.settings.prefetch_bytes = limit;
         self
@@ -383,14 +418,19 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
-    /// Stops the worker when every shard was read to its tip and nothing came for this long.
+    /// Stops the worker when every shard was read to its tip and nothing came for this long: for jobs and
+    /// tests. Default: never.
     pub fn stop_when_idle(mut self, limit: Duration) -> Self {
         self.settings.stop_when_idle = Some(limit);
         self
     }
 
     /// Checks that the stream can be read, registers the fan-out consumer and creates the lease table
-    /// where they are missing; with [`reset`](Self::reset), moves checkpoints.
+    /// where they are missing; with [`reset`](Self::reset), moves checkpoints. Nothing is read before
+    /// [`Worker::run`].
+    ///
+    /// An error says what is missing, down to the IAM action, or which settings contradict each other. It
+    /// is not tried again here, AWS being away included: what starts a service starts it again.
     pub async fn build<H>(self) -> Result<Worker<F>, WorkerError>
     where
         F: Fn(&ShardId) -> H,

@@ -336,6 +336,7 @@ impl<S: LeaseStore> ShardTask<S> {
                 continue;
             }
             let reads = ended.is_none() && delivery.outstanding() < self.settings.max_unacked;
+            let backlog = delivery.handler.takes_backlog();
             self.activity.enter(if reads { Step::Reads } else { Step::Acks });
             tokio::select! {
                 biased;
@@ -345,7 +346,7 @@ impl<S: LeaseStore> ShardTask<S> {
                     self.checkpoint(delivery, progress).await?;
                 }
                 Some(answer) = delivery.answer() => delivery.take_answer(answer).await?,
-                prefetched = prefetch.next(), if reads => {
+                prefetched = prefetch.next(backlog), if reads => {
                     let mut prefetched = match prefetched {
                         Some(Ok(prefetched)) => prefetched,
                         Some(Err(error)) => return Err(Interrupt::Failed(error.into())),

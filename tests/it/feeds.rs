@@ -20,7 +20,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tramline::ocs::{Frame, Framer};
 
-use crate::support::{LIMIT, Running, Servers, lines, raws, run, wait_for};
+use crate::support::{LIMIT, Running, Servers, has, lines, raws, run, wait_for};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 
@@ -451,15 +451,6 @@ fn p1_targets_get_raw_text_each_at_its_own_position_and_may_go_and_come_back() {
     assert_eq!(receive(&blue, 100), lines(0, 100));
     worker.stop().succeeded();
     assert_eq!(left(&servers, "rtr-green"), [""; 0]);
-}
-
-/// Whether an example can be run here; says so if not.
-fn has(interpreter: &str) -> bool {
-    let there = Command::new(interpreter).args(["-c", ""]).status().is_ok();
-    if !there {
-        eprintln!("left out: there is no {interpreter} here");
-    }
-    there
 }
 
 #[test]

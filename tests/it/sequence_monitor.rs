@@ -9,7 +9,7 @@ use tramline::{
 
 use crate::support::{create_stream, event};
 
-#[allow(dead_code)] // Its `main` needs AWS.
+#[allow(dead_code)] // Its `main` brings its own servers.
 #[path = "../../examples/sequence_monitor.rs"]
 mod example;
 

@@ -271,7 +271,7 @@ impl Running {
     }
 
     /// What is waited for, with what stderr has by then.
-    fn told(&self, what: String) -> impl Display + '_ {
+    pub fn told(&self, what: String) -> impl Display + '_ {
         fmt::from_fn(move |f| write!(f, "{what}; stderr:\n{}", self.stderr()))
     }
 
@@ -341,6 +341,15 @@ pub fn listening(command: Command) -> (Running, String) {
         Some(line.split("address=").nth(1)?.split(' ').next()?.to_owned())
     });
     (producer, address)
+}
+
+/// Whether an example can be run here; says so if not.
+pub fn has(interpreter: &str) -> bool {
+    let there = Command::new(interpreter).args(["-c", ""]).status().is_ok();
+    if !there {
+        eprintln!("left out: there is no {interpreter} here");
+    }
+    there
 }
 
 /// Runs the binary to its end.

@@ -9,14 +9,17 @@ use std::{
 };
 
 use aws_sdk_kinesis::{Client, primitives::Blob};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tramline::{
-    Batch, Handler, Retrieval, ShardId, StartPosition, Worker, WorkerError,
+    Batch, Coalesce, Handler, Message, Retrieval, ShardId, StartPosition, Worker, WorkerError,
     local::{Local, LocalSettings},
 };
 
-use crate::support::{LIMIT, create_stream, event, lines};
+use crate::{
+    proxy::Proxy,
+    support::{LIMIT, Servers, create_stream, event, lines, wait_for},
+};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 
@@ -266,6 +269,55 @@ async fn p4_a_handler_that_blocks_longer_than_the_lease_does_not_cost_it() {
     stop.cancel();
     let report = running.await.expect("no panic").expect("a clean stop");
     assert_eq!(report.messages, 1, "the batch counts: the lease was held throughout");
+}
+
+/// Tells the test of a batch, and then is busy until it may go on.
+struct Busy(mpsc::UnboundedSender<Vec<String>>, Arc<Semaphore>);
+
+impl Handler for Busy {
+    type Error = std::convert::Infallible;
+
+    async fn handle(&mut self, batch: &Batch) -> Result<(), Self::Error> {
+        let raws = batch.iter().map(|message| message.raw().to_owned()).collect();
+        self.0.send(raws).expect("the test listens");
+        self.1.acquire().await.expect("it is open").forget();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_coalescing_handler_that_was_busy_gets_the_newest_of_all_that_was_read_meanwhile() {
+    let servers = Servers::with_stream(STREAM, 1);
+    let proxy = Proxy::start(&servers);
+    let (told, mut batches) = mpsc::unbounded_channel();
+    let go_on = Arc::new(Semaphore::new(0));
+    let busy = {
+        let go_on = go_on.clone();
+        let key = |message: &Message| Some(message.partition_key().to_owned());
+        move |_: &ShardId| Coalesce::new(Busy(told.clone(), go_on.clone()), key)
+    };
+    let builder = Worker::builder(&proxy.sdk_config(), STREAM, "rtr").retrieval(Retrieval::Polling);
+    let worker = servers.wait(builder.handler(busy).build()).expect("a worker");
+    let stop = CancellationToken::new();
+    let running = servers.spawn(worker.run(stop.clone().cancelled_owned()));
+    let mut next_batch =
+        || servers.wait(async { tokio::time::timeout(LIMIT, batches.recv()).await });
+
+    let lines = lines(0, 3);
+    servers.put_lines(STREAM, "k", &lines[..1]);
+    assert_eq!(next_batch().expect("in time"), Some(lines[..1].to_vec()));
+    for line in &lines[1..] {
+        let reads = proxy.calls("GetRecords").len();
+        servers.put_lines(STREAM, "k", std::slice::from_ref(line));
+        // One that began before the put, one with the record, and one that shows that it was answered.
+        let is_read = || (proxy.calls("GetRecords").len() >= reads + 3).then_some(());
+        wait_for("the record to be read", is_read);
+    }
+    go_on.add_permits(10);
+    assert_eq!(next_batch().expect("in time"), Some(lines[2..].to_vec()));
+    stop.cancel();
+    let report = servers.wait(running).expect("no panic").expect("a clean stop");
+    assert_eq!(report.messages, 3, "what was left out counts as handled");
 }
 
 /// Tells the test about its tenures.

@@ -136,6 +136,7 @@ impl Archive {
 
     /// How old a message may get before it is written; default: 60 s. The longer, the fewer objects. A
     /// checkpoint, and the start of child shards, waits for it.
+    #[must_use]
     pub fn interval(mut self, interval: Duration) -> Self {
         self.interval = interval;
         self
