@@ -7,6 +7,8 @@ mod config;
 mod consume;
 #[cfg(feature = "local")]
 mod demo;
+#[cfg(test)]
+mod documentation;
 mod fleet;
 mod generate;
 mod lease;

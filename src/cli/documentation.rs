@@ -1,0 +1,271 @@
+//! The documentation says what this command line is: its commands and settings are parsed, and the reference
+//! of the configuration is made from it.
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use clap::{ArgAction, Command, CommandFactory as _};
+
+use super::{Cli, config};
+
+#[path = "../../tests/it/markdown.rs"]
+mod markdown;
+
+#[test]
+fn every_command_line_of_the_documentation_is_valid() {
+    let mut parsed = 0;
+    for page in markdown::pages() {
+        for block in page.blocks().iter().filter(|block| block.language == "sh") {
+            for (variables, words) in tramline_commands(&block.code) {
+                parsed += 1;
+                let shown = words.join(" ");
+                // A file that is not there here.
+                let config = words.iter().position(|word| word == "--config");
+                let words = words.iter().enumerate();
+                let words = words.filter(|(n, _)| config.is_none_or(|at| *n != at && *n != at + 1));
+                let args = words.map(|(_, word)| OsString::from(word));
+                let mut environment: std::collections::BTreeMap<_, _> =
+                    variables.into_iter().collect();
+                if config.is_some() {
+                    let settings = [("STREAM", "s"), ("APP", "a")];
+                    let settings = settings.map(|(k, v)| (format!("TRAMLINE_{k}"), v.to_owned()));
+                    environment.extend(settings);
+                }
+                if let Err(error) = config::parse(args, &environment)
+                    && error.exit_code() != 0
+                {
+                    panic!("{}:{}: {shown}: {error}", page.path.display(), block.line);
+                }
+            }
+        }
+    }
+    assert!(parsed > 25, "{parsed}");
+}
+
+/// The words of each command of a script in which `tramline` is run, with the variables that are set for it.
+/// It knows as much of the shell as the documentation uses.
+fn tramline_commands(script: &str) -> Vec<(Vec<(String, String)>, Vec<String>)> {
+    let script = script.replace("\\\n", " ");
+    let mut commands = Vec::new();
+    for line in script.lines() {
+        for words in commands_of(line) {
+            let set = words.iter().take_while(|word| is_assignment(word)).count();
+            let variables = words[..set].iter().filter_map(|word| word.split_once('='));
+            let variables = variables.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+            if words.get(set).is_some_and(|word| word == "tramline") {
+                commands.push((variables, words[set..].to_vec()));
+            }
+        }
+    }
+    commands
+}
+
+fn is_assignment(word: &str) -> bool {
+    let name = word.split_once('=').map_or("", |(name, _)| name);
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')
+}
+
+/// The words of each command of a line, without what is redirected.
+fn commands_of(line: &str) -> Vec<Vec<String>> {
+    let mut commands = vec![Vec::new()];
+    let (mut word, mut quote) = (None::<String>, None);
+    let mut redirected = false;
+    let mut end_word = |word: &mut Option<String>, commands: &mut Vec<Vec<String>>, next: bool| {
+        if let Some(word) = word.take()
+            && !std::mem::take(&mut redirected)
+        {
+            commands.last_mut().expect("one").push(word);
+        }
+        redirected |= next;
+    };
+    for c in line.chars() {
+        match (c, quote) {
+            (c, Some(open)) if c == open => quote = None,
+            (c, Some(_)) => word.get_or_insert_default().push(c),
+            ('\'' | '"', None) => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            ('#', None) if word.is_none() => break,
+            ('|' | ';' | '&' | '(' | ')', None) => {
+                end_word(&mut word, &mut commands, false);
+                commands.push(Vec::new());
+            }
+            ('>' | '<', None) => end_word(&mut word, &mut commands, true),
+            (c, None) if c.is_whitespace() => end_word(&mut word, &mut commands, false),
+            (c, None) => word.get_or_insert_default().push(c),
+        }
+    }
+    end_word(&mut word, &mut commands, false);
+    commands.retain(|words| !words.is_empty());
+    commands
+}
+
+#[test]
+fn every_flag_and_key_that_a_page_names_exists() {
+    let mut command = Cli::command();
+    command.build();
+    let mut flags: BTreeSet<String> = BTreeSet::new();
+    collect_flags(&command, &mut flags);
+    let mut wrong = Vec::new();
+    for page in markdown::pages() {
+        // What others call their flags.
+        let others = ["cargo ", "systemctl ", "terraform ", "dot ", "aws ", "kill ", "journalctl "];
+        for (line, code) in page.code() {
+            if others.iter().any(|other| code.contains(other)) || code.contains(" -- ") {
+                continue;
+            }
+            let words = code.split([' ', '=', '|', ',']);
+            let named = words.filter_map(|word| word.strip_prefix("--"));
+            for flag in named.filter(|flag| !flag.is_empty() && !flags.contains(*flag)) {
+                wrong.push(format!("{}:{line}: --{flag}", page.path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "no command has these: {wrong:#?}");
+}
+
+fn collect_flags(command: &Command, found: &mut BTreeSet<String>) {
+    found.extend(command.get_arguments().filter_map(|arg| arg.get_long()).map(str::to_owned));
+    for command in command.get_subcommands() {
+        collect_flags(command, found);
+    }
+}
+
+#[test]
+fn every_block_of_settings_in_the_documentation_is_read() {
+    let mut command = Cli::command();
+    command.build();
+    let mut read = 0;
+    for page in markdown::pages() {
+        for block in page.blocks() {
+            if block.language != "toml" || block.reason_not_to_run().is_some() {
+                continue;
+            }
+            read += 1;
+            let file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a file");
+            fs::write(file.path(), &block.code).expect("a write");
+            for table in ["consume", "produce"] {
+                let at = format!("{}:{}", page.path.display(), block.line);
+                let settings = config::from_file(&command, &[table], file.path());
+                let settings = settings.unwrap_or_else(|error| panic!("{at}: {error}"));
+                // Values too, where all that is required is there.
+                let is_whole = ["stream", "app"].iter().all(|key| settings.contains_key(*key));
+                if is_whole || (table == "produce" && block.code.contains("[produce]")) {
+                    let args = ["tramline", table, "--config"].map(OsString::from);
+                    let args = args.into_iter().chain([file.path().into()]);
+                    if let Err(error) = config::parse(args, &Default::default()) {
+                        panic!("{at}: {table}: {error}");
+                    }
+                }
+            }
+        }
+    }
+    assert!(read >= 2, "{read}");
+}
+
+const MADE: &str =
+    "<!-- What follows is made from the program: UPDATE=1 cargo test --lib reference -->\n";
+
+#[test]
+fn the_reference_of_the_configuration_is_that_of_the_program() {
+    let path = root().join("docs/configuration.md");
+    let text = fs::read_to_string(&path).expect("the page");
+    let (by_hand, made) = text.split_once(MADE).expect("the line before what is made");
+    let wanted = reference();
+    if std::env::var_os("UPDATE").is_some() {
+        fs::write(&path, format!("{by_hand}{MADE}{wanted}")).expect("a write");
+    } else {
+        assert!(made == wanted, "run UPDATE=1 cargo test --lib reference");
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
+}
+
+/// A section for each command, with a table of its settings.
+fn reference() -> String {
+    let mut command = Cli::command();
+    command.build();
+    let mut text = String::from("\n## Every command\n\n");
+    let global: Vec<&clap::Arg> = command.get_arguments().filter(|arg| is_shown(arg)).collect();
+    table(&global, &mut text);
+    for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
+        section(below, "tramline", &mut text);
+    }
+    text
+}
+
+fn section(command: &Command, path: &str, text: &mut String) {
+    let path = format!("{path} {}", command.get_name());
+    let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+    write!(text, "\n## {path}\n\n{about}.\n").expect("a string");
+    let own: Vec<&clap::Arg> =
+        command.get_arguments().filter(|arg| is_shown(arg) && !arg.is_global_set()).collect();
+    if !own.is_empty() {
+        text.push('\n');
+        table(&own, text);
+    }
+    for below in command.get_subcommands().filter(|below| below.get_name() != "help") {
+        section(below, &path, text);
+    }
+}
+
+fn is_shown(arg: &clap::Arg) -> bool {
+    !matches!(arg.get_id().as_str(), "help" | "version")
+}
+
+fn table(args: &[&clap::Arg], text: &mut String) {
+    text.push_str("| flag | variable | key | default | meaning |\n|---|---|---|---|---|\n");
+    for arg in args {
+        let names = arg.get_value_names().unwrap_or_default().join(" ");
+        let takes_value = matches!(arg.get_action(), ArgAction::Set | ArgAction::Append);
+        let flag = match (arg.get_long(), takes_value) {
+            (Some(long), true) => format!("`--{long} {names}`"),
+            (Some(long), false) => match arg.get_short() {
+                Some(short) => format!("`-{short}`, `--{long}`"),
+                None => format!("`--{long}`"),
+            },
+            (None, _) => format!("`{names}`"),
+        };
+        let long = arg.get_long().filter(|long| config::is_set(long));
+        let variable = match arg.get_long() {
+            Some("config") => "`TRAMLINE_CONFIG`".to_owned(),
+            _ => long.map_or(String::new(), |long| format!("`{}`", config::variable(long))),
+        };
+        let key = long.map_or(String::new(), |long| format!("`{long}`"));
+        let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        let (help, told) = match help.split_once(" [default: ") {
+            Some((help, told)) => (help.to_owned(), told.trim_end_matches(']').to_owned()),
+            None => (help, String::new()),
+        };
+        let values = arg.get_default_values().iter().map(|value| value.to_string_lossy());
+        let values = values.map(|value| format!("`{value}`")).collect::<Vec<_>>().join(", ");
+        let default = match (arg.is_required_set(), values.is_empty(), takes_value) {
+            (true, ..) => "required".to_owned(),
+            (_, false, true) => values,
+            _ => told,
+        };
+        let mut meaning = help;
+        let possible = arg.get_possible_values();
+        if takes_value && !possible.is_empty() {
+            let word = |value: &clap::builder::PossibleValue| match value.get_help() {
+                Some(help) => format!("`{}` ({help})", value.get_name()),
+                None => format!("`{}`", value.get_name()),
+            };
+            let words: Vec<String> = possible.iter().map(word).collect();
+            write!(meaning, ": {}", words.join(", ")).expect("a string");
+        }
+        let meaning = meaning.replace('|', "\\|").replace('<', "&lt;");
+        let flag = flag.replace('|', "\\|");
+        writeln!(text, "| {flag} | {variable} | {key} | {default} | {meaning} |")
+            .expect("a string");
+    }
+}
