@@ -107,6 +107,23 @@ fn commands_of(line: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
+fn the_units_of_systemd_start_what_is_there() {
+    for unit in ["tramline-consume.service", "tramline-produce.service"] {
+        let text = fs::read_to_string(root().join("systemd").join(unit)).expect("the unit");
+        let started = text.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/local/bin/"));
+        let commands = tramline_commands(started.expect("what it starts"));
+        let [(_, words)] = commands.as_slice() else { panic!("{unit}: {started:?}") };
+        // Its settings are in the file, which is not here.
+        let words = words.iter().filter(|word| !word.contains("/etc/") && *word != "--config");
+        let environment = [("TRAMLINE_STREAM", "s"), ("TRAMLINE_APP", "a")];
+        let environment = environment.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        if let Err(error) = config::parse(words.map(OsString::from), &environment) {
+            panic!("{unit}: {error}");
+        }
+    }
+}
+
+#[test]
 fn every_flag_and_key_that_a_page_names_exists() {
     let mut command = Cli::command();
     command.build();

@@ -13,8 +13,7 @@ use crate::local::{Local, LocalSettings};
 #[command(after_help = "Examples:
   tramline local --stream ctd-ocs-raw-messages
   tramline local --stream ctd-ocs-raw-messages --shards 4 --bucket rtr-state --dir ./local-aws
-  tramline local --stream ctd-ocs-raw-messages > env.sh &
-  eval \"$(grep ^export env.sh)\"    # after `ready`")]
+  tramline local > env.sh &    # then, after `ready`: eval \"$(grep ^export env.sh)\"")]
 pub(super) struct LocalServers {
     /// Keep the data of all three here, and find it again at the next start
     #[arg(long, value_name = "DIR")]
