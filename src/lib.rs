@@ -114,6 +114,4 @@ mod documentation {
     struct Readme;
     #[doc = include_str!("../docs/embed.md")]
     struct Embed;
-    #[doc = include_str!("../docs/state.md")]
-    struct State;
 }

@@ -2,7 +2,7 @@
 //! of the configuration is made from it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     fmt::Write as _,
     fs,
@@ -21,25 +21,10 @@ fn every_command_line_of_the_documentation_is_valid() {
     let mut parsed = 0;
     for page in markdown::pages() {
         for block in page.blocks().iter().filter(|block| block.language == "sh") {
-            for (variables, words) in tramline_commands(&block.code) {
+            for line in command_lines(&block.code) {
                 parsed += 1;
-                let shown = words.join(" ");
-                // A file that is not there here.
-                let config = words.iter().position(|word| word == "--config");
-                let words = words.iter().enumerate();
-                let words = words.filter(|(n, _)| config.is_none_or(|at| *n != at && *n != at + 1));
-                let args = words.map(|(_, word)| OsString::from(word));
-                let mut environment: std::collections::BTreeMap<_, _> =
-                    variables.into_iter().collect();
-                if config.is_some() {
-                    let settings = [("STREAM", "s"), ("APP", "a")];
-                    let settings = settings.map(|(k, v)| (format!("TRAMLINE_{k}"), v.to_owned()));
-                    environment.extend(settings);
-                }
-                if let Err(error) = config::parse(args, &environment)
-                    && error.exit_code() != 0
-                {
-                    panic!("{}:{}: {shown}: {error}", page.path.display(), block.line);
+                if let Err(error) = line.parse() {
+                    panic!("{}:{}: {error}", page.path.display(), block.line);
                 }
             }
         }
@@ -47,22 +32,44 @@ fn every_command_line_of_the_documentation_is_valid() {
     assert!(parsed > 25, "{parsed}");
 }
 
-/// The words of each command of a script in which `tramline` is run, with the variables that are set for it.
-/// It knows as much of the shell as the documentation uses.
-fn tramline_commands(script: &str) -> Vec<(Vec<(String, String)>, Vec<String>)> {
-    let script = script.replace("\\\n", " ");
-    let mut commands = Vec::new();
-    for line in script.lines() {
-        for words in commands_of(line) {
-            let set = words.iter().take_while(|word| is_assignment(word)).count();
-            let variables = words[..set].iter().filter_map(|word| word.split_once('='));
-            let variables = variables.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
-            if words.get(set).is_some_and(|word| word == "tramline") {
-                commands.push((variables, words[set..].to_vec()));
-            }
+/// A command in which `tramline` is run.
+struct CommandLine {
+    /// What is set for it.
+    variables: BTreeMap<String, String>,
+    words: Vec<String>,
+}
+
+impl CommandLine {
+    fn parse(&self) -> Result<(), String> {
+        let (mut variables, mut words) = (self.variables.clone(), self.words.clone());
+        // The config file is not here: it has what is required.
+        if let Some(at) = words.iter().position(|word| word == "--config") {
+            words.drain(at..at + 2);
+            let settings = [("TRAMLINE_STREAM", "s"), ("TRAMLINE_APP", "a")];
+            variables.extend(settings.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        }
+        match config::parse(words.iter().map(OsString::from), &variables) {
+            // As for --version.
+            Err(error) if error.exit_code() == 0 => Ok(()),
+            Err(error) => Err(format!("{}: {error}", self.words.join(" "))),
+            Ok(_) => Ok(()),
         }
     }
-    commands
+}
+
+/// It knows as much of the shell as the documentation uses.
+fn command_lines(script: &str) -> Vec<CommandLine> {
+    let script = script.replace("\\\n", " ");
+    let mut lines = Vec::new();
+    for words in script.lines().flat_map(commands_of) {
+        let set = words.iter().take_while(|word| is_assignment(word)).count();
+        let variables = words[..set].iter().filter_map(|word| word.split_once('='));
+        let variables = variables.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+        if words.get(set).is_some_and(|word| word == "tramline") {
+            lines.push(CommandLine { variables, words: words[set..].to_vec() });
+        }
+    }
+    lines
 }
 
 fn is_assignment(word: &str) -> bool {
@@ -111,13 +118,9 @@ fn the_units_of_systemd_start_what_is_there() {
     for unit in ["tramline-consume.service", "tramline-produce.service"] {
         let text = fs::read_to_string(root().join("systemd").join(unit)).expect("the unit");
         let started = text.lines().find_map(|line| line.strip_prefix("ExecStart=/usr/local/bin/"));
-        let commands = tramline_commands(started.expect("what it starts"));
-        let [(_, words)] = commands.as_slice() else { panic!("{unit}: {started:?}") };
-        // Its settings are in the file, which is not here.
-        let words = words.iter().filter(|word| !word.contains("/etc/") && *word != "--config");
-        let environment = [("TRAMLINE_STREAM", "s"), ("TRAMLINE_APP", "a")];
-        let environment = environment.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
-        if let Err(error) = config::parse(words.map(OsString::from), &environment) {
+        let lines = command_lines(started.expect("what it starts"));
+        let [line] = lines.as_slice() else { panic!("{unit}: {started:?}") };
+        if let Err(error) = line.parse() {
             panic!("{unit}: {error}");
         }
     }

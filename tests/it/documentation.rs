@@ -5,7 +5,8 @@
 //! differs for a reader is said in a comment before the block, which pages do not show:
 //!
 //! - `<!-- run: no, REASON -->`: it is not run. Its `tramline` commands are parsed all the same, by
-//!   `src/cli/documentation.rs`, as are those of every block.
+//!   `src/cli/documentation.rs`, as are those of every block. The same holds for blocks that only call `cargo`,
+//!   which these tests are part of, and for the pages of `terraform`, which need an account.
 //! - `<!-- run: until TEXT -->`: it goes on until the page ends; the next block starts when TEXT was written.
 //!   Variables that it exports on stdout are those of the blocks that follow, as a reader would paste them.
 //! - `<!-- run: after a stop of TEXT -->`: a block that goes on and has TEXT in it is stopped first, as by
@@ -147,7 +148,8 @@ fn every_file_and_every_test_that_a_page_names_exists() {
         let mut file = None;
         for (line, text) in &code {
             if is_path(text) && !text.contains(['*', ' ', '<']) {
-                if !root().join(text).exists() {
+                let beside = page.path.parent().expect("a folder").join(text);
+                if !root().join(text).exists() && !root().join(beside).exists() {
                     told(*line, text);
                 }
                 file = text.ends_with(".rs").then(|| fs::read_to_string(root().join(text)).ok());
@@ -190,6 +192,22 @@ fn each_promise_names_the_tests_that_guard_it() {
         assert!(section.starts_with(&format!("{n} ")), "{section}");
         let guards = section.matches(&format!("p{n}_")).count();
         assert!(guards >= 3, "P{n} names {guards} tests");
+    }
+}
+
+#[test]
+fn the_rust_of_every_page_is_compiled() {
+    let library = fs::read_to_string(root().join("src/lib.rs")).expect("the library");
+    for page in pages() {
+        let has_rust = page.blocks().iter().any(|block| block.language.starts_with("rust"));
+        let path = page.path.display().to_string();
+        if has_rust && !path.starts_with("examples/") {
+            let compiled = format!("#[doc = include_str!(\"../{path}\")]");
+            assert!(
+                library.contains(&compiled),
+                "{path} is not in the documentation tests of src/lib.rs"
+            );
+        }
     }
 }
 
@@ -260,7 +278,8 @@ fn every_command_of_the_documentation_runs() {
             scope.spawn(|| {
                 loop {
                     let Some(page) = pages.lock().expect("a lock").next() else { return };
-                    let to_run: Vec<Block> = page.blocks().into_iter().filter(is_run).collect();
+                    let blocks = page.blocks().into_iter();
+                    let to_run: Vec<Block> = blocks.filter(|block| is_run(&page, block)).collect();
                     if to_run.is_empty() {
                         continue;
                     }
@@ -278,8 +297,15 @@ fn every_command_of_the_documentation_runs() {
     assert!(ran > 20, "{ran} blocks");
 }
 
-fn is_run(block: &Block) -> bool {
-    block.language == "sh" && block.reason_not_to_run().is_none()
+fn is_run(page: &Page, block: &Block) -> bool {
+    let builds = |line: &str| {
+        let line = line.trim();
+        line.is_empty() || line.starts_with('#') || line.starts_with("cargo ")
+    };
+    block.language == "sh"
+        && block.reason_not_to_run().is_none()
+        && !block.code.lines().all(builds)
+        && !page.path.starts_with("terraform")
 }
 
 /// Someone who does what a page says.
