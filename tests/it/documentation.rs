@@ -184,6 +184,24 @@ fn is_test_name(text: &str) -> bool {
 }
 
 #[test]
+fn every_metric_that_a_page_names_exists() {
+    // It is compared with the code where the metrics are made.
+    let listed = fs::read_to_string(root().join("docs/metrics.md")).expect("the page");
+    let mut named = 0;
+    for page in pages() {
+        for (line, code) in page.code() {
+            let name = code.split('{').next().unwrap_or_default();
+            if name.starts_with("tramline_") && name.len() > "tramline_".len() {
+                named += 1;
+                let is_listed = listed.contains(&format!("\n| `{name}` |"));
+                assert!(is_listed, "{}:{line}: there is no {name}", page.path.display());
+            }
+        }
+    }
+    assert!(named > 60, "{named}");
+}
+
+#[test]
 fn each_promise_names_the_tests_that_guard_it() {
     let text = fs::read_to_string(root().join("docs/promises.md")).expect("the page");
     let sections: Vec<&str> = text.split("\n## P").skip(1).collect();
