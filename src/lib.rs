@@ -197,3 +197,12 @@ pub use worker::{
     LeaseMoves, Load, MaxCheckpointAge, Messages, Observer, OnStuck, Poller, Received, Report,
     ShardStatus, StartPosition, Worker, WorkerBuilder, WorkerError, WorkerStatus, shutdown_signal,
 };
+
+/// The Rust of the documentation compiles.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/embed.md")]
+    struct Embed;
+}

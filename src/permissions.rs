@@ -1,6 +1,6 @@
 //! The actions of AWS that Tramline calls: which command needs which, on what.
 //!
-//! This table is the one place for them. `tramline check` tries its rows, the README shows it, and a test
+//! This table is the one place for them. `tramline check` tries its rows, docs/security.md shows it, and a test
 //! compares it with the calls in the source, so that no call is added without a row.
 //!
 //! ```
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn the_readme_has_the_table() {
+    fn the_documentation_has_the_table() {
         let mut table = String::from("| command | on | IAM actions |\n|---|---|---|\n");
         let groups: Vec<_> = PERMISSIONS.iter().map(|row| (row.command, row.on)).collect();
         let mut done = BTreeSet::new();
@@ -325,7 +325,7 @@ mod tests {
                 .collect();
             writeln!(table, "| `{command}` | {on} | {} |", actions.join(", ")).expect("a string");
         }
-        let readme = include_str!("../README.md");
-        assert!(readme.contains(&table), "write this table into README.md:\n{table}");
+        let page = include_str!("../docs/security.md");
+        assert!(page.contains(&table), "write this table into docs/security.md:\n{table}");
     }
 }

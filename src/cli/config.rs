@@ -82,7 +82,7 @@ fn checked(check: &ArgMatches) -> &'static str {
 
 /// A value from the environment or the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Setting {
+pub(super) struct Setting {
     /// One, but for a list in the file.
     values: Vec<String>,
     /// Where it was found, for error messages.
@@ -117,7 +117,7 @@ fn setting(value: String, variable: &str) -> Setting {
 /// The settings of the file that apply, by flag. Keys at the top apply to every command that has the flag;
 /// those in a table named after a command to that command only, and they win. Of `applying` tables, the last
 /// one does.
-fn from_file(
+pub(super) fn from_file(
     command: &Command,
     applying: &[&str],
     file: &Path,
@@ -240,8 +240,13 @@ fn flags(command: &Command) -> Vec<&str> {
     own.chain(command.get_subcommands().flat_map(flags)).collect()
 }
 
+/// The variable that sets a flag.
+pub(super) fn variable(flag: &str) -> String {
+    format!("{PREFIX}{}", flag.to_uppercase().replace('-', "_"))
+}
+
 /// Whether the environment and the file can set a flag. What confirms a change is said each time.
-fn is_set(long: &str) -> bool {
+pub(super) fn is_set(long: &str) -> bool {
     !matches!(long, "help" | "version" | "config" | "yes" | "force" | "reset")
 }
 
@@ -284,10 +289,7 @@ fn tell_origin(mut error: Error, settings: &BTreeMap<String, Setting>) -> Error 
 /// shared, and Kubernetes for one adds variables to it.
 fn unknown_variables(environment: &BTreeMap<String, String>) -> Vec<String> {
     let command = Cli::command();
-    let mut known: Vec<String> = flags(&command)
-        .into_iter()
-        .map(|flag| format!("{PREFIX}{}", flag.to_uppercase().replace('-', "_")))
-        .collect();
+    let mut known: Vec<String> = flags(&command).into_iter().map(variable).collect();
     known.push("TRAMLINE_CONFIG".to_owned());
     environment
         .keys()

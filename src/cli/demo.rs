@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use aws_sdk_kinesis::Client;
 use clap::Args;
 use hdrhistogram::Histogram;
 use indicatif::ProgressBar;
@@ -22,7 +21,7 @@ use super::{
 };
 use crate::{
     Batch, Handler, ListenerSettings, OcsListener, PartitionKey, ProducerReport, ProducerSettings,
-    Retrieval, SequencePer, Spool, Worker, aws,
+    Retrieval, SequencePer, Spool, Worker,
     feed::{Format, Stdout},
     local::{Local, LocalSettings},
 };
@@ -62,13 +61,7 @@ impl Demo {
     pub(super) async fn run(self, stop: CancellationToken) -> Outcome {
         let local = Local::start(LocalSettings::default()).await?;
         let config = local.sdk_config();
-        Client::new(&config)
-            .create_stream()
-            .stream_name(STREAM)
-            .shard_count(self.shards as i32)
-            .send()
-            .await
-            .map_err(|error| aws::failure("kinesis:CreateStream", error))?;
+        local.create_stream(STREAM, self.shards).await?;
 
         // With readable partition keys the messages of a connection can be told by its address.
         let settings = ListenerSettings {

@@ -9,6 +9,8 @@ mod config;
 mod consume;
 #[cfg(feature = "local")]
 mod demo;
+#[cfg(test)]
+mod documentation;
 mod fleet;
 mod generate;
 mod lease;

@@ -53,11 +53,12 @@ pub struct Local {
     _lock: Option<File>,
 }
 
-/// Why the embedded servers cannot start.
+/// Why the embedded servers cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("the embedded {server} cannot be started: {reason}")]
+#[error("the embedded {server} {failed}: {reason}")]
 pub struct LocalError {
     server: &'static str,
+    failed: String,
     reason: String,
 }
 
@@ -98,6 +99,47 @@ impl Local {
         };
         let s3 = start_s3(&s3_root, &mut servers).await?;
         Ok(Self { kinesis, dynamodb, s3, _servers: servers, _scratch: scratch, _lock: lock })
+    }
+
+    /// Makes a stream, and waits until it can be used. One of that name that is there is left as it is.
+    pub async fn create_stream(&self, name: &str, shards: u32) -> Result<(), LocalError> {
+        use aws_sdk_kinesis::{error::ProvideErrorMetadata as _, types::StreamStatus};
+
+        let kinesis = aws_sdk_kinesis::Client::new(&self.sdk_config());
+        let shards = i32::try_from(shards).unwrap_or(i32::MAX);
+        match kinesis.create_stream().stream_name(name).shard_count(shards).send().await {
+            Ok(_) => {}
+            Err(error) if error.code() == Some("ResourceInUseException") => {}
+            Err(error) => return Err(refused("Kinesis", name, &error)),
+        }
+        loop {
+            let told = kinesis.describe_stream_summary().stream_name(name).send().await;
+            let told = told.map_err(|error| refused("Kinesis", name, &error))?;
+            let status = told.stream_description_summary.map(|stream| stream.stream_status);
+            if status == Some(StreamStatus::Active) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Makes a bucket. One of that name that is there is left as it is.
+    pub async fn create_bucket(&self, name: &str) -> Result<(), LocalError> {
+        use aws_sdk_s3::error::ProvideErrorMetadata as _;
+
+        let s3 = aws_sdk_s3::Client::new(&self.sdk_config());
+        match s3.create_bucket().bucket(name).send().await {
+            Ok(_) => Ok(()),
+            Err(error)
+                if matches!(
+                    error.code(),
+                    Some("BucketAlreadyExists" | "BucketAlreadyOwnedByYou")
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(refused("S3", name, &error)),
+        }
     }
 
     /// The environment variables that point any AWS tool at these servers.
@@ -305,7 +347,17 @@ async fn listen(server: &'static str) -> Result<(TcpListener, String), LocalErro
 }
 
 fn failed(server: &'static str, reason: impl ToString) -> LocalError {
-    LocalError { server, reason: reason.to_string() }
+    LocalError { server, failed: "cannot be started".into(), reason: reason.to_string() }
+}
+
+fn refused(server: &'static str, name: &str, error: &dyn std::error::Error) -> LocalError {
+    let mut reason = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        reason = format!("{reason}: {error}");
+        source = error.source();
+    }
+    LocalError { server, failed: format!("does not make {name}"), reason }
 }
 
 /// A directory of our own that goes when we go.

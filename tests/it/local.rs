@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use crate::support::{Running, create_stream, lines, raws, run, tramline};
+use crate::support::{Running, lines, raws, run, tramline};
 
 /// The variables that `tramline local` printed.
 fn environment(local: &Running) -> HashMap<String, String> {
@@ -32,10 +32,10 @@ async fn local_servers_can_be_used_by_the_printed_variables_and_keep_their_data(
     let path = dir.path().to_str().expect("UTF-8");
     let consume = ["consume", "--stream", "kept", "--app", "kept", "--exit-when-idle", "1s"];
 
-    let local = Running::start(tramline(&["local", "--dir", path]));
+    let with_stream = ["local", "--dir", path, "--stream", "kept", "--bucket", "state"];
+    let local = Running::start(tramline(&with_stream));
     let variables = environment(&local);
     let kinesis = client(&variables);
-    create_stream(&kinesis, "kept", 1).await;
     let put = |kinesis: aws_sdk_kinesis::Client, line: String| async move {
         kinesis
             .put_record()
@@ -57,9 +57,10 @@ async fn local_servers_can_be_used_by_the_printed_variables_and_keep_their_data(
     local.stop().succeeded();
 
     // Both the stream and the lease table were kept: only what is new comes out.
-    let local = Running::start(tramline(&["local", "--dir", path]));
+    let local = Running::start(tramline(&with_stream));
     let mut second = tramline(&consume);
     second.envs(environment(&local));
     assert_eq!(raws(&run(second).succeeded().stdout), lines(1, 2));
     local.stop().succeeded();
+    assert!(dir.path().join("s3/state").is_dir());
 }

@@ -1,9 +1,13 @@
-//! What is logged is documented.
+//! What is logged and every error are documented.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
 
-/// The messages of a level in the code, each with its level.
-fn logged(folder: &Path, found: &mut BTreeSet<(String, String)>) {
+/// The code without tests, each file with its path.
+fn sources(folder: &Path, found: &mut Vec<(PathBuf, String)>) {
     for entry in fs::read_dir(folder).expect("a folder") {
         let path = entry.expect("an entry").path();
         // Embedded servers, and the demo on them.
@@ -11,24 +15,36 @@ fn logged(folder: &Path, found: &mut BTreeSet<(String, String)>) {
             continue;
         }
         if path.is_dir() {
-            logged(&path, found);
+            sources(&path, found);
             continue;
         }
         let text = fs::read_to_string(&path).expect("a file");
         let tests = ["\nmod tests {", "\nmod server_tests {", "\npub(crate) mod tests {"];
         let end = tests.iter().filter_map(|start| text.find(start)).min();
-        let code = &text[..end.unwrap_or(text.len())];
-        for level in ["error", "warn"] {
-            for call in code.split(&format!("tracing::{level}!(")).skip(1) {
-                let message = message(call);
-                let message = message.unwrap_or_else(|| panic!("no message in {}", path.display()));
-                found.insert((level.to_owned(), message));
-            }
-        }
+        let code = text[..end.unwrap_or(text.len())].to_owned();
+        found.push((path, code));
     }
 }
 
-/// The first text that is no field's value, with its lines joined as the compiler does.
+/// The messages in the code after each `call`.
+fn messages(call: &str) -> BTreeSet<String> {
+    let mut files = Vec::new();
+    sources(&root().join("src"), &mut files);
+    let mut found = BTreeSet::new();
+    for (path, code) in files {
+        for call in code.split(call).skip(1).filter(|call| !call.starts_with("transparent")) {
+            let message = message(call);
+            found.insert(message.unwrap_or_else(|| panic!("no message in {}", path.display())));
+        }
+    }
+    found
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The first text that is no field's value and no argument, with its lines joined as the compiler does.
 fn message(call: &str) -> Option<String> {
     let mut before = String::new();
     let mut rest = call;
@@ -47,36 +63,58 @@ fn message(call: &str) -> Option<String> {
                 (_, c) => text.push(c),
             }
         };
-        if !before.trim_end().ends_with('=') {
+        if !before.trim_end().ends_with(['=', '(']) {
             return Some(text);
         }
         rest = &tail[end + 1..];
     }
 }
 
-/// The messages of a table of docs/logs.md.
-fn documented(docs: &str, level: &str, heading: &str) -> BTreeSet<(String, String)> {
-    let (_, section) = docs.split_once(&format!("\n## {heading}\n")).expect("a section");
-    let section = section.split("\n## ").next().unwrap_or_default();
+/// The messages of the tables of a page, or of one of its sections.
+fn documented(page: &str, heading: Option<&str>) -> BTreeSet<String> {
+    let docs = fs::read_to_string(root().join(page)).expect("the page");
+    let section = match heading {
+        Some(heading) => {
+            let (_, section) = docs.split_once(&format!("\n## {heading}\n")).expect("a section");
+            section.split("\n## ").next().unwrap_or_default()
+        }
+        None => &docs,
+    };
     let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
     rows.map(|row| {
+        let row = row.replace("\\|", "¦");
         let (message, meaning) = row.split_once("` | ").expect("a row");
         assert!(meaning.trim_end_matches(" |").len() > 4, "{message} has no meaning");
-        (level.to_owned(), message.to_owned())
+        // Double backquotes are around a text that has one.
+        let double = message.strip_prefix("` ").and_then(|message| message.strip_suffix(" `"));
+        let message = double.unwrap_or(message);
+        message.replace('¦', "|")
     })
     .collect()
 }
 
+fn compare(page: &str, told: &BTreeSet<String>, documented: &BTreeSet<String>) {
+    let undocumented: Vec<_> = told.difference(documented).collect();
+    let gone: Vec<_> = documented.difference(told).collect();
+    assert!(undocumented.is_empty(), "add these to {page}: {undocumented:#?}");
+    assert!(gone.is_empty(), "nothing says these any more, see {page}: {gone:#?}");
+}
+
 #[test]
-fn every_warning_and_error_of_the_log_is_documented() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut logged_ones = BTreeSet::new();
-    logged(&root.join("src"), &mut logged_ones);
-    let docs = fs::read_to_string(root.join("docs/logs.md")).expect("the document");
-    let mut listed = documented(&docs, "error", "Errors");
-    listed.append(&mut documented(&docs, "warn", "Warnings"));
-    let undocumented: Vec<_> = logged_ones.difference(&listed).collect();
-    let gone: Vec<_> = listed.difference(&logged_ones).collect();
-    assert!(undocumented.is_empty(), "add these to docs/logs.md: {undocumented:#?}");
-    assert!(gone.is_empty(), "nothing logs these any more: {gone:#?}");
+fn every_line_of_the_log_but_details_is_documented() {
+    let page = "docs/logs.md";
+    for (level, heading) in [("error", "Errors"), ("warn", "Warnings"), ("info", "Information")] {
+        let told = messages(&format!("tracing::{level}!("));
+        assert!(told.len() > 10, "{level}");
+        compare(page, &told, &documented(page, Some(heading)));
+    }
+}
+
+#[test]
+fn every_error_is_documented() {
+    let page = "docs/errors.md";
+    let shown = |text: String| text.replace("{{", "{").replace("}}", "}");
+    let told: BTreeSet<String> = messages("#[error(").into_iter().map(shown).collect();
+    assert!(told.len() > 50);
+    compare(page, &told, &documented(page, None));
 }

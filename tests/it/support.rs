@@ -249,6 +249,11 @@ impl Running {
         self.child.id()
     }
 
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a status")
+    }
+
     pub fn stdout(&self) -> Vec<String> {
         self.timed_stdout(0).into_iter().map(|(_, line)| line).collect()
     }
