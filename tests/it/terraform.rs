@@ -133,7 +133,9 @@ fn jsonencode(args: FuncArgs) -> Result<Value, String> {
     serde_json::to_string(&args[0]).map(Value::from).map_err(|error| error.to_string())
 }
 
-const FUNCTIONS: [(&str, fn(FuncArgs) -> Result<Value, String>); 11] = [
+type Function = fn(FuncArgs) -> Result<Value, String>;
+
+const FUNCTIONS: [(&str, Function); 11] = [
     ("anytrue", anytrue),
     ("coalesce", coalesce),
     ("concat", concat),
