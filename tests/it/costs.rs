@@ -18,8 +18,11 @@ mod price {
     pub const TABLE_READ_MILLION: f64 = 0.125;
     pub const BUCKET_PUT_THOUSAND: f64 = 0.005;
     pub const BUCKET_GB: f64 = 0.023;
+    pub const KEY: f64 = 1.00;
     pub const KEY_10_000: f64 = 0.03;
+    pub const FIREHOSE_GB: f64 = 0.029;
     pub const ALARM_METRIC: f64 = 0.10;
+    pub const CUSTOM_METRIC: f64 = 0.30;
     pub const DASHBOARD: f64 = 3.00;
 }
 
@@ -241,26 +244,67 @@ fn state_table() -> String {
 
 /// What the Terraform module can add.
 fn extras_table() -> String {
+    let traffic = [Traffic::rfc(1.0), Traffic::packed(1.0)];
+    // Each record counts as a whole number of 5 KiB.
+    let firehose = traffic.map(|traffic| {
+        let gb = traffic.records_a_day * DAYS * 5.0 / (1024.0 * 1024.0);
+        gb * price::FIREHOSE_GB
+    });
+    let letters = HOURS * (price::SHARD_HOUR + price::KEPT_SHARD_HOUR);
     let rows = [
         ("records kept for 2 to 7 days, each shard", HOURS * price::KEPT_SHARD_HOUR),
-        (
-            "stream of dead letters, kept for 7 days",
-            HOURS * (price::SHARD_HOUR + price::KEPT_SHARD_HOUR),
-        ),
-        (
-            "one more fan-out consumer, each shard of a provisioned stream",
-            HOURS * price::CONSUMER_SHARD_HOUR,
-        ),
-        (
-            "alarms on the stream: silence, writes refused, age and refusal of reads",
-            4.0 * price::ALARM_METRIC,
-        ),
+        ("stream of dead letters, kept for 7 days", letters),
+        ("one more fan-out consumer, each shard", HOURS * price::CONSUMER_SHARD_HOUR),
+        ("Firehose archive of the RFC's day, a record a message", firehose[0]),
+        ("Firehose archive of the RFC's day, packed", firehose[1]),
+        ("a key of one's own", price::KEY),
+        ("alarms on the stream", 4.0 * price::ALARM_METRIC),
         ("alarms on a fan-out application", 2.0 * price::ALARM_METRIC),
-        ("alarm on a lease table, 7 metrics", 7.0 * price::ALARM_METRIC),
+        ("alarm on a lease table, of 7 metrics", 7.0 * price::ALARM_METRIC),
+        ("alarm on the stream of dead letters", price::ALARM_METRIC),
+        (
+            "alarm on dead letters in the bucket, with the 16 request metrics it needs",
+            16.0 * price::CUSTOM_METRIC + price::ALARM_METRIC,
+        ),
         ("dashboard", price::DASHBOARD),
     ];
     let rows = rows.map(|(name, amount)| (name.to_owned(), usd(&[amount])));
     table(&["what", "USD a month"], rows)
+}
+
+fn prices_table() -> String {
+    let kinesis = "[Kinesis Data Streams](https://aws.amazon.com/kinesis/data-streams/pricing/)";
+    let dynamodb = "[DynamoDB, on demand](https://aws.amazon.com/dynamodb/pricing/on-demand/)";
+    let s3 = "[S3](https://aws.amazon.com/s3/pricing/)";
+    let kms = "[KMS](https://aws.amazon.com/kms/pricing/)";
+    let cloudwatch = "[CloudWatch](https://aws.amazon.com/cloudwatch/pricing/)";
+    let rows = [
+        (kinesis, "shard-hour", price::SHARD_HOUR),
+        (kinesis, "million PUT payload units, of 25 KB", price::PUT_MILLION),
+        (kinesis, "consumer-shard-hour of fan-out", price::CONSUMER_SHARD_HOUR),
+        (kinesis, "GB read by fan-out", price::FAN_OUT_GB),
+        (kinesis, "shard-hour of records kept for 2 to 7 days", price::KEPT_SHARD_HOUR),
+        (kinesis, "on-demand stream, hour", price::ON_DEMAND_STREAM_HOUR),
+        (kinesis, "on-demand, GB written, records rounded up to 1 KB", price::ON_DEMAND_IN_GB),
+        (kinesis, "on-demand, GB read", price::ON_DEMAND_OUT_GB),
+        (kinesis, "on-demand, GB read by fan-out", price::ON_DEMAND_FAN_OUT_GB),
+        (dynamodb, "million writes of 1 KB", price::TABLE_WRITE_MILLION),
+        (dynamodb, "million consistent reads of 4 KB", price::TABLE_READ_MILLION),
+        (s3, "1000 PUTs", price::BUCKET_PUT_THOUSAND),
+        (s3, "GB kept for a month", price::BUCKET_GB),
+        (kms, "10 000 calls", price::KEY_10_000),
+        (kms, "key, month", price::KEY),
+        (cloudwatch, "metric of an alarm, month", price::ALARM_METRIC),
+        (cloudwatch, "custom metric, month", price::CUSTOM_METRIC),
+        (cloudwatch, "dashboard, month", price::DASHBOARD),
+        (
+            "[Data Firehose](https://aws.amazon.com/firehose/pricing/)",
+            "GB of a stream, records rounded up to 5 KB",
+            price::FIREHOSE_GB,
+        ),
+    ];
+    let rows = rows.map(|(page, what, usd)| (format!("{page}: {what}"), vec![format!("{usd:.3}")]));
+    table(&["what", "USD"], rows)
 }
 
 #[test]
@@ -273,6 +317,7 @@ fn the_costs_in_the_docs_are_those_of_the_calculation() {
         ("choices", choices_table()),
         ("state", state_table()),
         ("extras", extras_table()),
+        ("prices", prices_table()),
     ] {
         let mark = format!("<!-- {name} -->\n");
         let (before, after) =
@@ -301,4 +346,25 @@ fn one_shard_and_four_consumers_cost_what_the_rfc_says_where_its_products_are_ri
     assert_eq!(cents(0.2 * 4.0 * 31.0 * price::FAN_OUT_GB), 32.0);
     // 24 writes a minute for a month are 1 051 200, and 6 reads 262 800.
     assert_eq!(cents(lease_table(1.0, 1.0)), cents(1.0512 * 0.625 + 0.2628 * 0.125));
+}
+
+#[test]
+fn the_advice_in_the_docs_follows_from_the_calculation() {
+    // One object is cheaper than a lease table from five shards on, and at 30 s from the first.
+    assert!(state_objects(1.0, 5.0, 0.001) > lease_table(4.0, 1.0));
+    assert!(state_objects(1.0, 5.0, 0.001) < lease_table(5.0, 1.0));
+    assert!(state_objects(1.0, 30.0, 0.001) < lease_table(1.0, 1.0));
+    // On-demand is cheaper with four fan-out consumers, and dearer with four readers by polling.
+    for times in TIMES {
+        let (traffic, tables) = (Traffic::packed(times), |shards| 4.0 * lease_table(shards, 1.0));
+        let by_shards = total(&provisioned(traffic, 4.0)) + tables(traffic.shards());
+        let by_traffic = total(&on_demand(traffic, 4.0, price::ON_DEMAND_FAN_OUT_GB));
+        assert!(by_traffic + tables(traffic.on_demand_shards()) < by_shards, "{times} times");
+        let by_shards = total(&provisioned(traffic, 0.0)) + tables(traffic.shards());
+        let by_traffic = total(&on_demand(traffic, 4.0, price::ON_DEMAND_OUT_GB));
+        assert!(by_traffic + tables(traffic.on_demand_shards()) > by_shards, "{times} times");
+    }
+    let cents = |usd: f64| (usd * 100.0).round();
+    assert_eq!(cents(lease_table(1.0, 2.0) - lease_table(1.0, 1.0)), 79.0);
+    assert_eq!(cents(lease_table(1.0, 3.0) - lease_table(1.0, 2.0)), 41.0);
 }

@@ -284,6 +284,9 @@ impl Module {
             let actions = texts("Action");
             let count = actions.len();
             let sid = statement["Sid"].as_str().expect("a text").to_owned();
+            let services = statement["Condition"]["StringEquals"]["kms:ViaService"].clone();
+            let of_key = json!(["kinesis.us-east-1.amazonaws.com", "s3.us-east-1.amazonaws.com"]);
+            assert_eq!(services, if sid == "Key" { of_key } else { json!(null) }, "{role} {sid}");
             let actions: BTreeSet<String> = actions.into_iter().collect();
             assert_eq!(actions.len(), count, "{role} has an action twice on {sid}");
             let earlier = found.insert(sid.clone(), (actions, texts("Resource")));
@@ -426,6 +429,31 @@ fn arguments(
 }
 
 #[test]
+fn no_other_policy_is_made_than_those_and_that_of_firehose() {
+    let mut made = BTreeSet::new();
+    for block in files(&folder()).into_values().flat_map(Body::into_blocks) {
+        if block.identifier() == "resource" && label(&block).starts_with("aws_iam") {
+            let text = |name| attribute(&block, name).map(ToString::to_string).unwrap_or_default();
+            let (name, policy) = (block.labels()[1].as_str(), text("policy"));
+            let from = if name == "firehose" {
+                String::new()
+            } else {
+                policy + " in " + &text("for_each")
+            };
+            made.insert((label(&block).to_owned(), name.to_owned(), from));
+        }
+    }
+    let expected = [
+        ("aws_iam_policy", "this", "each.value in local.policies"),
+        ("aws_iam_role", "firehose", ""),
+        ("aws_iam_role_policy", "firehose", ""),
+    ];
+    let expected =
+        expected.map(|(kind, name, from)| (kind.to_owned(), name.to_owned(), from.to_owned()));
+    assert_eq!(made, BTreeSet::from(expected));
+}
+
+#[test]
 fn the_producers_policy_is_what_the_code_calls() {
     for has_key in [false, true] {
         let module = Module::with(arguments(has_key, json!({}), json!({})));
@@ -450,11 +478,11 @@ fn each_consumers_policy_is_what_the_code_calls_with_its_settings_on_its_own_res
 
 #[test]
 fn the_operators_policy_is_what_status_lease_and_redrive_call() {
-    // How it reads is not the operator's.
-    let is_his = |application: &Application| {
+    // How an application reads is nothing to the operator.
+    let is_plain = |application: &Application| {
         application.retrieval == "polling" && !application.archive && !application.create_missing
     };
-    for application in Application::every().into_iter().filter(is_his) {
+    for application in Application::every().into_iter().filter(is_plain) {
         for flags in 0..16 {
             let [see_lag, move_checkpoints, redrive, has_key] =
                 [1, 2, 4, 8].map(|bit| flags & bit != 0);
@@ -483,6 +511,42 @@ fn the_operators_policy_is_what_status_lease_and_redrive_call() {
             let expected = policy(wanted, arns, has_key);
             assert_eq!(module.policy("operator"), expected, "{application:?}, {flags:04b}");
         }
+    }
+}
+
+#[test]
+fn each_config_file_leads_only_to_what_the_policy_grants() {
+    for application in Application::every() {
+        let module =
+            Module::with(arguments(false, json!({"green": application.argument()}), json!({})));
+        let config: toml::Table =
+            module.0["configuration"]["green"].as_str().expect("a text").parse().expect("TOML");
+        let granted = |sid: &str| module.policy("consumer-green").remove(sid).map(|(_, arns)| arns);
+        let object = |url: &str, below: &str| {
+            let path = url
+                .strip_prefix("s3://")
+                .or_else(|| url.strip_prefix("s3-archive://"))
+                .expect("a URL");
+            vec![format!("arn:aws:s3:::{path}{below}").replace("{shard}", "*")]
+        };
+        let text =
+            |value: Option<&toml::Value>| value.and_then(|value| value.as_str()).map(str::to_owned);
+        let consume = config["consume"].as_table().expect("a table");
+
+        let state = text(config.get("checkpoint")).map(|url| object(&url, ""));
+        assert_eq!(state, granted("StateObjects"), "{application:?}");
+        let archive = text(consume.get("output")).map(|url| object(&url, "/*"));
+        assert_eq!(archive, granted("ArchiveObjects"), "{application:?}");
+        let letters = text(consume.get("dead-letters"));
+        let in_bucket = letters.as_ref().filter(|place| place.starts_with("s3:"));
+        // Below the prefix, letters are by application.
+        let in_bucket = in_bucket.map(|url| object(url, "/green/*"));
+        assert_eq!(in_bucket, granted("DeadLetterObjects"), "{application:?}");
+        let in_stream = letters.filter(|place| place.starts_with("kinesis:"));
+        let in_stream = in_stream
+            .map(|place| vec![place.replace("kinesis://", "arn:aws:kinesis:us-east-1:1:stream/")]);
+        assert_eq!(in_stream, granted("DeadLetterStream"), "{application:?}");
+        assert_eq!(text(consume.get("retrieval")).as_deref(), Some(application.retrieval));
     }
 }
 
@@ -596,6 +660,16 @@ fn the_readme_has_every_variable_and_output() {
     let readme = fs::read_to_string(folder().join("README.md")).expect("a README");
     assert!(readme.contains(&tables), "write these tables into terraform/README.md:\n\n{tables}");
 
+    let alarms =
+        blocks_in("locals", &["alarms.tf"]).find_map(|block| attribute(block, "stream_alarms"));
+    let Some(Expression::Object(alarms)) = alarms else { panic!("{alarms:?}") };
+    for name in alarms.keys() {
+        assert!(
+            readme.contains(&format!("`{name}`")),
+            "terraform/README.md does not tell of alarm {name}"
+        );
+    }
+
     // What an application is told has a row of its own, with its default.
     let applications =
         blocks_in("variable", &["variables.tf"]).find(|block| label(block) == "applications");
@@ -634,12 +708,12 @@ fn tramline_takes_the_config_files_that_the_module_prints() {
     assert_eq!(files.len(), 4);
     for (name, content) in files {
         fs::write(&file, content.as_str().expect("a text")).expect("a write");
-        // Also `display` has a table by default, but it needs none.
         let checked = run(servers.tramline(&["check", "--config", file_name, "--json"]));
         let report: serde_json::Value = serde_json::from_str(&checked.stdout[0]).expect("JSON");
         assert_eq!(report["failed"], 0, "{name}: {report:#}");
         let read = ["consume", "--config", file_name, "--exit-when-idle", "100ms"];
         run(servers.tramline(&read)).succeeded();
+        // Nothing is kept of `display`, so that there is no status.
         if name != "display" {
             let status =
                 run(servers.tramline(&["status", "--config", file_name, "--json"])).succeeded();
