@@ -682,6 +682,16 @@ fn the_readme_has_every_variable_and_output() {
     }
 }
 
+/// Whether a resource of a policy, with `*` at most once, stands for this one.
+fn covers(pattern: &str, arn: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == arn,
+        Some((start, end)) => {
+            arn.strip_prefix(start).is_some_and(|rest| rest.strip_suffix(end).is_some())
+        }
+    }
+}
+
 #[test]
 fn tramline_takes_the_config_files_that_the_module_prints() {
     let applications = json!({
@@ -711,6 +721,21 @@ fn tramline_takes_the_config_files_that_the_module_prints() {
         let checked = run(servers.tramline(&["check", "--config", file_name, "--json"]));
         let report: serde_json::Value = serde_json::from_str(&checked.stdout[0]).expect("JSON");
         assert_eq!(report["failed"], 0, "{name}: {report:#}");
+        // What `check` tries is granted, so that it does not fail where the worker would not.
+        let policy = module.policy(&format!("consumer-{name}"));
+        for line in report["checks"].as_array().expect("a list") {
+            let Some(object) =
+                line["check"].as_str().and_then(|check| check.strip_prefix("object s3://"))
+            else {
+                continue;
+            };
+            let (arn, action) =
+                (format!("arn:aws:s3:::{object}"), line["action"].as_str().expect("an action"));
+            let is_granted = policy.values().any(|(actions, resources)| {
+                actions.contains(action) && resources.iter().any(|pattern| covers(pattern, &arn))
+            });
+            assert!(is_granted, "{name}: {action} on {arn}");
+        }
         let read = ["consume", "--config", file_name, "--exit-when-idle", "100ms"];
         run(servers.tramline(&read)).succeeded();
         // Nothing is kept of `display`, so that there is no status.
