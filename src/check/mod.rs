@@ -229,7 +229,9 @@ impl Report {
                 Some(Destination::Kinesis { stream }) => kinesis.check_letters(self, stream).await,
                 Some(Destination::S3 { bucket, prefix }) => {
                     let resources = (Resource::DeadLetterBucket, Resource::DeadLetterObjects);
-                    buckets.check(self, resources, bucket, &s3::below(prefix)).await;
+                    // Where the worker writes: a policy may grant no more than that.
+                    let key = s3::below(&format!("{prefix}/{application}"));
+                    buckets.check(self, resources, bucket, &key).await;
                 }
                 _ => {}
             }
