@@ -109,8 +109,7 @@ impl Servers {
     }
 
     fn consume(&self, app: &str, more: &[&str]) -> Command {
-        let mut command =
-            tramline(&["consume", "--stream", STREAM, "--app", app, "--format", "raw"]);
+        let mut command = tramline(&["consume", "--stream", STREAM, "--app", app]);
         command.args(more).envs(self.environment.iter().cloned());
         command
     }
@@ -227,7 +226,7 @@ fn catch_up(records: u64) {
         let (mut consume, mut floor, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..ROUNDS {
             let app = format!("{retrieval}-{round}");
-            let command = servers.consume(&app, &["--retrieval", retrieval]);
+            let command = servers.consume(&app, &["--format", "raw", "--retrieval", retrieval]);
             let mut left = records;
             consume.push(measure(command, |piece| {
                 let lines = piece.iter().filter(|byte| **byte == b'\n').count();
@@ -401,7 +400,7 @@ fn stalled(minutes: u64) {
     for (what, more) in [
         ("pipe", &["--retrieval", "polling"][..]),
         ("tcp", &["--output", "tcp://127.0.0.1:0"]),
-        ("tcp, acks", &["--output", "tcp://127.0.0.1:0", "--acks", "--format", "json"]),
+        ("tcp, acks", &["--output", "tcp://127.0.0.1:0", "--acks"]),
         (
             "tcp, share, polling",
             &["--output", "tcp://127.0.0.1:0", "--share", "--retrieval", "polling"],
