@@ -251,9 +251,10 @@ impl Status {
 
     /// Prints a report; `false` if nobody reads it any more.
     fn print(&self, report: &Report) -> Result<bool, Box<dyn Error + Send + Sync>> {
-        let text = match self.json {
-            true => format!("{}\n", serde_json::to_string(report)?),
-            false => text(report, self.lag),
+        let text = match (self.json, self.watch) {
+            (true, _) => format!("{}\n", serde_json::to_string(report)?),
+            (false, false) => text(report, self.lag),
+            (false, true) => watched(report, None, self.lag) + "\n",
         };
         let mut stdout = std::io::stdout().lock();
         match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -529,12 +530,15 @@ fn width(text: &str) -> usize {
 }
 
 /// The end of a text, which tells shards, workers and sequence numbers apart; of a shard, if there is
-/// room, also what it is.
+/// room, also what it is. Of a word of the KCL's the beginning.
 fn shortened(text: &str, limit: usize) -> String {
     const SHARD: &str = "shardId-";
     let length = width(text);
     if length <= limit {
         return text.to_owned();
+    }
+    if text.bytes().all(|b| b.is_ascii_uppercase() || b == b'_') {
+        return format!("{}…", &text[..limit.saturating_sub(1)]);
     }
     let start = if text.starts_with(SHARD) && limit > SHARD.len() + 4 { SHARD } else { "" };
     let keep = limit.saturating_sub(start.len() + 1);
@@ -617,12 +621,14 @@ w1      1       0          ?
         let worker = "ip-10-10-10-10.us-east-1.compute.internal-12345-0a1b2c3d";
         let mut handing_over = shard(4, State::HandingOver, Some(worker), &[2, 3]);
         handing_over.shard.next_owner = Some(worker.replace("0a1b2c3d", "99999999"));
-        let text =
-            text(&report(vec![shard(0, State::Reading, Some(worker), &[]), handing_over]), true);
+        let mut new = shard(0, State::Reading, Some(worker), &[]);
+        new.shard.checkpoint = Some("TRIM_HORIZON".to_owned());
+        let text = text(&report(vec![new, handing_over]), true);
         fits(&text);
         assert!(text.contains("shardId-…0004"), "{text}");
         assert!(text.contains("…0002 …0003"), "{text}");
         assert!(text.contains("61s  1.2s"), "{text}");
+        assert!(text.contains("  TRIM_HOR…  "), "{text}");
     }
 
     #[test]

@@ -63,6 +63,12 @@ fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
             );
             reasons.push(reason("leases-unknown", text));
         }
+        // It may have lost its leases by the same outage, and cannot stand by for those of others.
+        Some(_) if status.shards.is_empty() && status.look_error.is_some() => {
+            let text =
+                format!("the worker holds no lease, and its last look failed: {}", error(""));
+            reasons.push(reason("leases-unknown", text));
+        }
         Some(_) if status.shards.is_empty() && status.uptime < 2 * status.lease_duration => {
             reasons.push(reason("no-lease", "the worker holds no lease yet".to_owned()));
         }
@@ -174,9 +180,12 @@ mod tests {
         let reasons = worker(Some(&status));
         assert_eq!(reasons[0].reason, "leases-unknown");
         assert_eq!(reasons[0].text, "no look for leases worked for 11 s: connection refused");
-        // One that failed and works again within a lease duration is no reason.
+        // One that failed within a lease duration is no reason while shards are read.
         status.looked = Some(Duration::from_secs(9));
         assert_eq!(worker(Some(&status)), []);
+        // Nor does it stand by if it lost them in the same outage.
+        status.shards.clear();
+        assert_eq!(names(&status), ["leases-unknown"]);
     }
 
     #[test]
