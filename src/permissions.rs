@@ -43,6 +43,8 @@ pub enum Command {
     Lease,
     /// `tramline redrive`.
     Redrive,
+    /// `tramline replay kinesis://…`.
+    Replay,
 }
 
 /// What an action is granted on. The ARNs are those of the service authorization reference.
@@ -154,6 +156,13 @@ pub const PERMISSIONS: &[Permission] = {
         row(Redrive, "s3:ListBucket", DeadLetterBucket, Always),
         row(Redrive, "s3:GetObject", DeadLetterObjects, Always),
         row(Redrive, "s3:PutObject", DeadLetterObjects, Always),
+        row(Replay, "kinesis:DescribeStreamSummary", Stream, Always),
+        row(Replay, "kinesis:ListShards", Stream, Always),
+        row(Replay, "kinesis:DescribeStreamConsumer", Consumer, FanOut),
+        row(Replay, "kinesis:RegisterStreamConsumer", Stream, Missing),
+        row(Replay, "kinesis:SubscribeToShard", Consumer, FanOut),
+        row(Replay, "kinesis:GetShardIterator", Stream, Polling),
+        row(Replay, "kinesis:GetRecords", Stream, Polling),
     ]
 };
 
@@ -174,6 +183,7 @@ impl fmt::Display for Command {
             Self::Status => "status",
             Self::Lease => "lease",
             Self::Redrive => "redrive",
+            Self::Replay => "replay",
         })
     }
 }

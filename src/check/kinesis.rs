@@ -1,12 +1,14 @@
 //! Streams and fan-out consumers, looked at and not touched.
 
+use std::collections::BTreeMap;
+
 use aws_sdk_kinesis::{
     Client,
     error::SdkError,
     primitives::Blob,
     types::{
         PutRecordsRequestEntry, ShardIteratorType, StartingPosition, StreamDescriptionSummary,
-        StreamStatus,
+        StreamMode, StreamStatus,
     },
 };
 use aws_types::SdkConfig;
@@ -15,15 +17,17 @@ use super::{Found, Report, Settings, Trouble, clock::Clock};
 use crate::{
     Retrieval,
     aws::{self, AwsError, AwsErrorKind},
-    permissions::{Permission, Resource, When},
+    permissions::{Command, Permission, Resource, When},
 };
 
 /// One above the highest: no shard takes it.
 const NO_HASH_KEY: &str = "340282366920938463463374607431768211456";
 /// The name of no shard that is likely to be.
 const NO_SHARD: &str = "shardId-999999999999";
-/// How many fan-out consumers a stream may have, unless AWS raised it.
+/// How many fan-out consumers a stream may have, unless AWS raised it: on demand and provisioned.
 const CONSUMER_QUOTA: i32 = 20;
+/// The same of a stream on demand, where the account has On-demand Advantage.
+const ADVANTAGE_QUOTA: i32 = 50;
 
 pub(super) struct Streams {
     client: Client,
@@ -37,7 +41,8 @@ struct Seen {
     gone: bool,
     arn: Option<String>,
     consumers: i32,
-    /// The ARN of our consumer.
+    on_demand: bool,
+    /// The ARN of the application's consumer.
     consumer: Option<String>,
     /// The server does not know fan-out.
     polls: bool,
@@ -57,25 +62,40 @@ impl Streams {
     /// Checks a stream that is read or written.
     pub(super) async fn check(&self, report: &mut Report, settings: &Settings, name: &str) {
         let check = format!("stream {name}");
-        let application = settings.application.as_deref().unwrap_or_default();
+        let named = settings.applications.iter().map(|application| &*application.name);
+        let mut applications: Vec<&str> = named.collect();
+        if applications.is_empty() {
+            applications.push(if settings.command == Command::Replay { "replay" } else { "" });
+        }
         let mut seen = Seen { polls: settings.retrieval == Retrieval::Polling, ..Seen::default() };
+        let mut consumers = BTreeMap::new();
         for row in report.rows(&[Resource::Stream, Resource::Consumer]) {
             match row.when {
                 When::Polling if !seen.polls => continue,
                 When::FanOut | When::Missing if seen.polls => continue,
+                When::Several if settings.streams.len() == 1 => continue,
                 _ if seen.gone => {
                     report.not_tried(row, &check, "there is no stream");
                     continue;
                 }
                 _ => {}
             }
-            let check = match row.on {
-                Resource::Consumer => format!("fan-out consumer {application} of {name}"),
-                _ => check.clone(),
-            };
             let fan_out = settings.retrieval == Retrieval::FanOut;
-            let call = self.call(row, name, application, fan_out, &mut seen);
-            report.tried(row, &check, call).await;
+            let of_each = matches!(row.when, When::FanOut | When::Missing);
+            for application in &applications[..if of_each { applications.len() } else { 1 }] {
+                if of_each {
+                    seen.consumer = consumers.get(application).cloned();
+                }
+                let check = match row.on {
+                    Resource::Consumer => format!("fan-out consumer {application} of {name}"),
+                    _ => check.clone(),
+                };
+                let call = self.call(row, name, application, fan_out, &mut seen);
+                report.tried(row, &check, call).await;
+                if let Some(arn) = seen.consumer.clone().filter(|_| of_each) {
+                    consumers.insert(application, arn);
+                }
+            }
         }
     }
 
@@ -139,6 +159,8 @@ impl Streams {
         };
         seen.arn = Some(summary.stream_arn.clone());
         seen.consumers = summary.consumer_count.unwrap_or_default();
+        let mode = summary.stream_mode_details.as_ref().map(|details| &details.stream_mode);
+        seen.on_demand = mode == Some(&StreamMode::OnDemand);
         judge(name, &summary)
     }
 
@@ -292,11 +314,15 @@ fn room(seen: &Seen) -> Found {
     let Some(arn) = &seen.arn else {
         return Err(Trouble::NotTried("the stream was not described".to_owned()));
     };
-    if consumers >= CONSUMER_QUOTA {
+    let quota = match seen.on_demand {
+        true => format!("{CONSUMER_QUOTA}, or {ADVANTAGE_QUOTA} with On-demand Advantage"),
+        false => CONSUMER_QUOTA.to_string(),
+    };
+    if consumers >= if seen.on_demand { ADVANTAGE_QUOTA } else { CONSUMER_QUOTA } {
         return Err(Trouble::Wrong {
             detail: format!(
-                "{consumers} fan-out consumers are registered, and AWS allows {CONSUMER_QUOTA}, unless it \
-                 raised the quota"
+                "{consumers} fan-out consumers are registered, and AWS allows {quota}, unless it raised the \
+                 quota"
             ),
             repair: format!(
                 "deregister one that nobody uses (aws kinesis list-stream-consumers --stream-arn {arn}), \
@@ -305,8 +331,8 @@ fn room(seen: &Seen) -> Found {
         });
     }
     Err(Trouble::NotTried(format!(
-        "it would register the consumer, as the first worker does; {consumers} of {CONSUMER_QUOTA} are \
-         registered"
+        "it would register the consumer, as the first worker does; {consumers} are registered, and AWS \
+         allows {quota}"
     )))
 }
 
@@ -321,6 +347,13 @@ mod tests {
         assert!(matches!(room(&full), Err(Trouble::Wrong { .. })));
         let room_left = Seen { arn: arn.clone(), consumers: 19, ..Seen::default() };
         assert!(matches!(room(&room_left), Err(Trouble::NotTried(_))));
+        // Whether the account has On-demand Advantage is not asked.
+        let on_demand = |consumers| {
+            room(&Seen { arn: arn.clone(), consumers, on_demand: true, ..Seen::default() })
+        };
+        let Err(Trouble::NotTried(told)) = on_demand(20) else { panic!("there may be room") };
+        assert!(told.contains("20 are registered") && told.contains("50 with On-demand Advantage"));
+        assert!(matches!(on_demand(50), Err(Trouble::Wrong { .. })));
         // Ours is one of them.
         let ours = Seen { arn, consumers: 20, consumer: Some("arn".to_owned()), ..Seen::default() };
         assert!(matches!(room(&ours), Err(Trouble::NotTried(_))));

@@ -27,14 +27,20 @@ use crate::{
 pub(crate) struct Settings {
     pub command: Command,
     pub streams: Vec<String>,
-    pub application: Option<String>,
-    pub lease_table: Option<String>,
+    pub applications: Vec<Application>,
     pub retrieval: Retrieval,
     /// `None` where nothing is stored.
     pub checkpoints: Option<Checkpoints>,
     pub dead_letters: Option<DeadLetters>,
     /// Bucket and prefix.
     pub archive: Option<(String, String)>,
+}
+
+/// An application, and its lease table.
+#[derive(Debug)]
+pub(crate) struct Application {
+    pub name: String,
+    pub lease_table: String,
 }
 
 /// What came of one check.
@@ -139,29 +145,57 @@ impl Report {
             self.failed(CHECK, format!("{name:?} cannot be the name of a stream"), repair);
             return false;
         }
-        let streams = settings.streams.join(", ");
-        if settings.command == Command::Produce {
-            self.line(Outcome::Pass, CHECK, format!("produce writes stream {streams}"));
-            return true;
-        }
-        let Some(application) = &settings.application else {
-            let repair = "pass --app, or --for produce to check a producer";
-            self.failed(CHECK, "no application is set, which consume needs", repair);
-            return false;
+        let (command, streams) = (settings.command, settings.streams.join(", "));
+        let detail = match command {
+            Command::Produce => format!("produce writes stream {streams}"),
+            Command::Replay => format!("replay reads stream {streams}"),
+            Command::Redrive => {
+                let Some(letters) = &settings.dead_letters else {
+                    let repair = "pass --dead-letters, the place that is told to redrive as --from";
+                    self.failed(CHECK, "no place of dead letters is set", repair);
+                    return false;
+                };
+                format!("redrive puts {letters} into stream {streams}")
+            }
+            Command::Consume | Command::Status | Command::Lease => {
+                if !self.applications(CHECK, settings) {
+                    return false;
+                }
+                let names = settings.applications.iter().map(|application| &*application.name);
+                let names: Vec<&str> = names.collect();
+                let is_one = names.len() == 1;
+                let what = if is_one { "application" } else { "applications" };
+                let names = names.join(", ");
+                match command {
+                    Command::Consume => format!("consume reads {streams} as {what} {names}"),
+                    _ => format!("{command} is about {what} {names} of {streams}"),
+                }
+            }
         };
-        let table = settings.lease_table.as_ref().unwrap_or(application);
-        for (flag, name, least, most) in
-            [("--app", application, 1, 128), ("--lease-table", table, 3, 255)]
-        {
-            if !is_name(name, least, most) {
-                let detail = format!("{name:?} cannot be used for {flag}");
-                let repair = format!("write {least} to {most} letters, digits, _ . and -");
-                self.failed(CHECK, detail, repair);
-                return false;
+        self.line(Outcome::Pass, CHECK, detail);
+        true
+    }
+
+    /// Whether there is an application, and every name is one.
+    fn applications(&mut self, check: &str, settings: &Settings) -> bool {
+        if settings.applications.is_empty() {
+            let detail = format!("no application is set, which {} needs", settings.command);
+            let repair = "pass --app, or --for produce to check a producer";
+            self.failed(check, detail, repair);
+            return false;
+        }
+        for Application { name, lease_table } in &settings.applications {
+            for (flag, name, least, most) in
+                [("--app", name, 1, 128), ("--lease-table", lease_table, 3, 255)]
+            {
+                if !is_name(name, least, most) {
+                    let detail = format!("{name:?} cannot be used for {flag}");
+                    let repair = format!("write {least} to {most} letters, digits, _ . and -");
+                    self.failed(check, detail, repair);
+                    return false;
+                }
             }
         }
-        let detail = format!("consume reads {streams} as application {application}");
-        self.line(Outcome::Pass, CHECK, detail);
         true
     }
 
@@ -207,34 +241,38 @@ impl Report {
         for stream in &settings.streams {
             kinesis.check(self, settings, stream).await;
         }
-        if settings.command == Command::Consume {
-            let application = settings.application.as_deref().unwrap_or_default();
-            let in_one_document =
-                |place: &Checkpoints| *place != Checkpoints::LeaseTable && !place.is_per_shard();
-            if settings.checkpoints.as_ref().is_some_and(|place| !in_one_document(place)) {
-                let table = settings.lease_table.as_deref().unwrap_or(application);
-                dynamodb::check(self, config, clock, table).await;
+        // Of what the command does not use there is no row, and so no call.
+        let in_one_document =
+            |place: &Checkpoints| *place != Checkpoints::LeaseTable && !place.is_per_shard();
+        if settings.checkpoints.as_ref().is_some_and(|place| !in_one_document(place)) {
+            for application in &settings.applications {
+                dynamodb::check(self, config, clock, &application.lease_table).await;
             }
-            let buckets = s3::Buckets::new(config, clock, region);
-            if let Some(Checkpoints::S3 { bucket, key }) = &settings.checkpoints {
-                let key = key.replace("{shard}", s3::NOBODYS_KEY);
-                let resources = (Resource::StateBucket, Resource::StateObjects);
-                buckets.check(self, resources, bucket, &key).await;
-            }
-            if let Some((bucket, prefix)) = &settings.archive {
-                let resources = (Resource::ArchiveBucket, Resource::ArchiveObjects);
-                buckets.check(self, resources, bucket, &s3::below(prefix)).await;
-            }
-            match settings.dead_letters.as_ref().map(|letters| &letters.0) {
-                Some(Destination::Kinesis { stream }) => kinesis.check_letters(self, stream).await,
-                Some(Destination::S3 { bucket, prefix }) => {
-                    let resources = (Resource::DeadLetterBucket, Resource::DeadLetterObjects);
-                    // Where the worker writes: a policy may grant no more than that.
-                    let key = s3::below(&format!("{prefix}/{application}"));
+        }
+        let buckets = s3::Buckets::new(config, clock, region);
+        if let Some(Checkpoints::S3 { bucket, key }) = &settings.checkpoints {
+            let key = key.replace("{shard}", s3::NOBODYS_KEY);
+            let resources = (Resource::StateBucket, Resource::StateObjects);
+            buckets.check(self, resources, bucket, &key).await;
+        }
+        if let Some((bucket, prefix)) = &settings.archive {
+            let resources = (Resource::ArchiveBucket, Resource::ArchiveObjects);
+            buckets.check(self, resources, bucket, &s3::below(prefix)).await;
+        }
+        match settings.dead_letters.as_ref().map(|letters| &letters.0) {
+            Some(Destination::Kinesis { stream }) => kinesis.check_letters(self, stream).await,
+            Some(Destination::S3 { bucket, prefix }) => {
+                let resources = (Resource::DeadLetterBucket, Resource::DeadLetterObjects);
+                if settings.applications.is_empty() {
+                    buckets.check(self, resources, bucket, &s3::below(prefix)).await;
+                }
+                // Where the workers write: a policy may grant no more than that.
+                for Application { name, .. } in &settings.applications {
+                    let key = s3::below(&format!("{prefix}/{name}"));
                     buckets.check(self, resources, bucket, &key).await;
                 }
-                _ => {}
             }
+            _ => {}
         }
     }
 
@@ -346,6 +384,9 @@ impl Report {
                 let detail = format!("{} is no folder", folder.display());
                 self.failed(&check, detail, format!("mkdir -p {}", folder.display()));
             }
+            Err(_) if self.command == Command::Redrive => {
+                self.failed(&check, "is not there", "name the file that the worker was told");
+            }
             Err(_) => {
                 let detail = "is not there yet, and making it would change something";
                 self.line(Outcome::NotTried, check, detail);
@@ -379,8 +420,13 @@ fn line(row: &Permission, check: &str, found: Found) -> Line {
         Err(Trouble::NotTried(why)) => line(Outcome::NotTried, why, None, None),
         Err(Trouble::Wrong { detail, repair }) => line(Outcome::Fail, detail, None, Some(repair)),
         Err(Trouble::Aws(error)) if error.kind() == AwsErrorKind::Denied => {
-            if row.when == When::Granted {
-                let detail = format!("not allowed, and not needed: {}", error.said());
+            let needed = match row.when {
+                When::Granted => Some("not needed".to_owned()),
+                When::Asked => Some(format!("only needed {}", row.when.told())),
+                _ => None,
+            };
+            if let Some(needed) = needed {
+                let detail = format!("not allowed, and {needed}: {}", error.said());
                 return line(Outcome::NotTried, detail, None, None);
             }
             let missing = missing(row.action, &error);

@@ -4,7 +4,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Outcome, print,
+    Outcome, consume, print,
     values::{self, Output, Place},
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
 
 /// Check settings, credentials, permissions and resources
 ///
-/// Looks at everything that `consume` or `produce` needs with the same settings, and prints a line for each:
+/// Looks at everything that a command (--for) needs with the same settings, and prints a line for each:
 /// pass, fail or not tried; for a failure the IAM action that is missing, or what repairs it. It changes
 /// nothing: a write is tried by a call that AWS must refuse after it has looked at the permission, such as
 /// one whose condition never holds. Where there is no such call, the line says so.
@@ -47,7 +47,7 @@ pub(super) struct Check {
     #[arg(long, value_name = "NAME", required = true, value_delimiter = ',')]
     stream: Vec<String>,
 
-    /// The application, for consume
+    /// The application, for consume, status and lease
     #[arg(long, value_name = "NAME")]
     app: Option<String>,
 
@@ -67,13 +67,17 @@ pub(super) struct Check {
     #[arg(long)]
     no_checkpoint: bool,
 
-    /// Where dead letters go: kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH
+    /// Where dead letters go, or for redrive come from: kinesis://STREAM, s3://BUCKET/PREFIX or file:///PATH
     #[arg(long, value_name = "PLACE")]
     dead_letters: Option<DeadLetters>,
 
-    /// Where messages go: stdout, or s3-archive://BUCKET/PREFIX
-    #[arg(long, value_name = "PLACE", value_parser = values::output, default_value = "stdout")]
+    /// Where messages go, as consume is told it
+    #[arg(long, value_name = "[NAME=]PLACE", value_parser = values::output, default_value = "stdout")]
     output: Vec<Output>,
+
+    /// The names of the readers of a socket, as consume is told them
+    #[arg(long, value_name = "NAME", value_parser = values::name, value_delimiter = ',')]
+    readers: Vec<String>,
 
     /// Print one JSON object on one line
     #[arg(long)]
@@ -87,6 +91,14 @@ pub(super) enum For {
     Consume,
     /// tramline produce
     Produce,
+    /// tramline status
+    Status,
+    /// tramline lease
+    Lease,
+    /// tramline redrive
+    Redrive,
+    /// tramline replay, of a stream
+    Replay,
 }
 
 /// With `--json`, what is printed.
@@ -99,14 +111,27 @@ struct Report<'a> {
 
 impl Check {
     pub(super) async fn run(self, config: &SdkConfig, stop: CancellationToken) -> Outcome {
+        let names = match (&self.app, self.command) {
+            (Some(app), For::Consume) => consume::applications(app, &self.output, &self.readers),
+            (Some(app), For::Status | For::Lease) => vec![app.clone()],
+            _ => Vec::new(),
+        };
+        let app = self.app.as_deref().unwrap_or_default();
+        let application = |name: String| check::Application {
+            lease_table: consume::table_of(self.lease_table.as_deref(), app, &name),
+            name,
+        };
         let settings = Settings {
             command: match self.command {
                 For::Consume => permissions::Command::Consume,
                 For::Produce => permissions::Command::Produce,
+                For::Status => permissions::Command::Status,
+                For::Lease => permissions::Command::Lease,
+                For::Redrive => permissions::Command::Redrive,
+                For::Replay => permissions::Command::Replay,
             },
+            applications: names.into_iter().map(application).collect(),
             streams: self.stream,
-            application: self.app,
-            lease_table: self.lease_table,
             retrieval: self.retrieval,
             checkpoints: (!self.no_checkpoint).then_some(self.checkpoint),
             dead_letters: self.dead_letters,

@@ -25,7 +25,7 @@ use crate::{
         readers::{Connections, Doors, Encoding, Hub, Server, Spread, run_command, send_to},
     },
     host,
-    telemetry::{self, Served, Subject},
+    telemetry::{self, ObservedWorker, Served, Subject, WorkerSubject},
 };
 
 /// Read a stream and give its messages to stdout, to readers or to an archive
@@ -96,8 +96,9 @@ pub(super) struct Consume {
     #[arg(long, conflicts_with = "no_checkpoint")]
     reset: bool,
 
-    /// The DynamoDB table of the leases [default: the application's name]
-    #[arg(long, value_name = "NAME")]
+    /// The DynamoDB table of the leases; where outputs or readers have an application each, TABLE-NAME or
+    /// TABLE-READER is that of each [default: the application's name]
+    #[arg(long, value_name = "TABLE")]
     lease_table: Option<String>,
 
     /// The name of this worker, which no other may have [default: host, process id, a random part]
@@ -182,7 +183,7 @@ pub(super) struct Consume {
     checkpoint_interval: Duration,
 
     /// How many bytes of records a shard may hold that wait to be written
-    #[arg(long, value_name = "SIZE", value_parser = values::size_bytes, default_value = "8MiB")]
+    #[arg(long, value_name = "SIZE", value_parser = values::size_bytes, default_value = "2MiB")]
     prefetch: u32,
 
     /// How long a clean stop may take
@@ -202,6 +203,17 @@ enum Feed {
 struct Position {
     application: String,
     feed: Feed,
+    observed: Arc<OnceLock<Observer>>,
+}
+
+impl Position {
+    fn new(application: String, feed: Feed) -> Self {
+        Self { application, feed, observed: Arc::default() }
+    }
+
+    fn worker(&self) -> ObservedWorker {
+        ObservedWorker { application: self.application.clone(), observer: self.observed.clone() }
+    }
 }
 
 impl Consume {
@@ -211,24 +223,22 @@ impl Consume {
         watched: Option<Watched>,
         stop: CancellationToken,
     ) -> Outcome {
-        self.check(watched.is_some())?;
+        self.check()?;
         let opened = tokio::select! {
             opened = self.open(config) => opened?,
             () = stop.cancelled() => return Ok(()),
         };
         // The connections to readers are held open until every worker has ended.
         let (positions, _connections) = opened;
-        let observed = Arc::new(OnceLock::new());
-        let _told = telemetry::tell_of_worker(observed.clone(), stop.clone());
+        let workers: Vec<ObservedWorker> = positions.iter().map(Position::worker).collect();
+        let _told = telemetry::tell_of_workers(workers.clone(), stop.clone());
         let _served = match watched {
-            Some(watched) => Some(self.serve(config, watched, observed.clone()).await?),
+            Some(watched) => Some(self.serve(config, watched, workers).await?),
             None => None,
         };
         let stop = stop.child_token();
-        let mut working: FuturesUnordered<_> = positions
-            .into_iter()
-            .map(|position| self.work(config, position, &observed, &stop))
-            .collect();
+        let mut working: FuturesUnordered<_> =
+            positions.into_iter().map(|position| self.work(config, position, &stop)).collect();
         let mut outcome = Ok(());
         while let Some(ended) = working.next().await {
             if ended.is_err() {
@@ -240,7 +250,7 @@ impl Consume {
     }
 
     /// Whether the settings go together.
-    fn check(&self, is_watched: bool) -> Outcome {
+    fn check(&self) -> Outcome {
         if self.refuse_above_memory.is_some() && host::resident_bytes().is_none() {
             return Err(
                 "--refuse-above-memory needs /proc/self/status, which this system does not have; \
@@ -284,19 +294,20 @@ impl Consume {
         if stdouts.count() > 1 {
             return Err("stdout can be an output once".into());
         }
-        let one_for_all = [
-            ("--http", is_watched),
-            ("--lease-table", self.lease_table.is_some()),
-            ("--checkpoint", self.checkpoint != Checkpoints::default()),
-        ];
-        match one_for_all.iter().find(|(_, is_set)| *is_set) {
-            Some((flag, _)) => Err(format!(
-                "{flag} is for one position, and several outputs or readers have several: run a process for \
-                 each"
+        if self.checkpoint != Checkpoints::default() {
+            return Err(format!(
+                "--checkpoint {} is for one position, and several outputs or readers have one each: leave it \
+                 out, and the lease table of each keeps them; or run a process for each output, with its own \
+                 --checkpoint",
+                self.checkpoint
             )
-            .into()),
-            None => Ok(()),
+            .into());
         }
+        Ok(())
+    }
+
+    fn table_of(&self, application: &str) -> String {
+        table_of(self.lease_table.as_deref(), &self.app, application)
     }
 
     /// Opens the outputs, and gives their positions with the connections to their readers.
@@ -310,29 +321,26 @@ impl Consume {
             false => Encoding::Lines(self.format),
         };
         for output in &self.output {
-            let application = match &output.name {
-                Some(name) => format!("{}-{name}", self.app),
-                None => self.app.clone(),
-            };
+            let application = of(&self.app, output.name.as_deref());
             match &output.place {
                 Place::Stdout => {
                     let feed = Feed::Stdout(Stdout::new(self.format)?);
-                    positions.push(Position { application, feed });
+                    positions.push(Position::new(application, feed));
                 }
                 Place::Archive { bucket, prefix } => {
                     let archive = Archive::open(config, bucket, prefix).await?;
                     let feed = Feed::Archive(archive.interval(self.archive_interval));
-                    positions.push(Position { application, feed });
+                    positions.push(Position::new(application, feed));
                 }
                 Place::TcpConnect(address) => {
                     let hub = Hub::new(Spread::One, false);
                     connections.push(send_to(address.clone(), hub.clone()));
-                    positions.push(Position { application, feed: Feed::Hub(hub) });
+                    positions.push(Position::new(application, Feed::Hub(hub)));
                 }
                 Place::Exec(command) => {
                     let (hub, command) = (Hub::new(Spread::One, self.acks), command.clone());
                     let feed = Feed::Command { hub, command, encoding };
-                    positions.push(Position { application, feed });
+                    positions.push(Position::new(application, feed));
                 }
                 Place::Unix(path) => {
                     let doors = self.doors(application, &mut positions);
@@ -356,39 +364,43 @@ impl Consume {
                 (false, false) => Spread::Every,
             };
             let hub = Hub::new(spread, self.acks);
-            positions.push(Position { application, feed: Feed::Hub(hub.clone()) });
+            positions.push(Position::new(application, Feed::Hub(hub.clone())));
             return Doors::One(hub);
         }
         let hubs = self.readers.iter().map(|reader| {
             let hub = Hub::new(Spread::One, self.acks);
-            let application = format!("{application}-{reader}");
-            positions.push(Position { application, feed: Feed::Hub(hub.clone()) });
+            let application = of(&application, Some(reader));
+            positions.push(Position::new(application, Feed::Hub(hub.clone())));
             (reader.clone(), hub)
         });
         Doors::ByName(hubs.collect())
     }
 
-    /// Tells how the worker is doing, also before there is one.
+    /// Tells how the workers are doing, also before they run.
     async fn serve(
         &self,
         config: &SdkConfig,
         watched: Watched,
-        observed: Arc<OnceLock<Observer>>,
+        workers: Vec<ObservedWorker>,
     ) -> io::Result<AbortOnDropHandle<()>> {
         let listener = telemetry::bind(watched.address).await?;
+        let names: Vec<&str> = workers.iter().map(|worker| worker.application.as_str()).collect();
+        let names = match names[..] {
+            [one] => format!("application {one}"),
+            _ => format!("applications {}", names.join(", ")),
+        };
         // Without a lease table this is the only worker.
         let has_table = !self.no_checkpoint
             && (self.checkpoint == Checkpoints::default() || self.checkpoint.is_per_shard());
+        let subject = |worker: ObservedWorker| {
+            let table = has_table.then(|| self.table_of(&worker.application));
+            let fleet = table.map(|table| fleet::looker(config, &self.stream, &table));
+            WorkerSubject { worker, fleet }
+        };
         let served = Served {
             command: "consume",
-            title: format!("{}, application {}", self.stream.join(", "), self.app),
-            subject: Subject::Worker {
-                observer: observed,
-                fleet: has_table.then(|| {
-                    let table = self.lease_table.as_deref().unwrap_or(&self.app);
-                    fleet::looker(config, &self.stream, table)
-                }),
-            },
+            title: format!("{}, {names}", self.stream.join(", ")),
+            subject: Subject::Workers(workers.into_iter().map(subject).collect()),
             recent: watched.recent,
         };
         Ok(served.serve(listener))
@@ -399,11 +411,11 @@ impl Consume {
         &self,
         config: &SdkConfig,
         position: Position,
-        observed: &OnceLock<Observer>,
         stop: &CancellationToken,
     ) -> Outcome {
-        let worker = self.worker(config, position.application);
-        match position.feed {
+        let Position { application, feed, observed } = position;
+        let (worker, observed) = (self.worker(config, application), &*observed);
+        match feed {
             Feed::Stdout(stdout) => {
                 let feed = stdout.clone();
                 let gone = async {
@@ -445,6 +457,7 @@ impl Consume {
 
     /// The worker of an application.
     fn worker(&self, config: &SdkConfig, application: String) -> WorkerBuilder<()> {
+        let table = self.table_of(&application);
         let (behind, memory) = (self.refuse_when_behind, self.refuse_above_memory);
         let mut streams = self.stream.iter().cloned();
         let mut worker = Worker::builder(config, streams.next().unwrap_or_default(), application)
@@ -464,6 +477,7 @@ impl Consume {
                 ..Retries::default()
             })
             .checkpoints(self.checkpoint.clone())
+            .lease_table(table)
             .watchdog(self.watchdog)
             .on_stuck(self.on_stuck)
             .max_leases(self.max_leases.map_or(usize::MAX, |limit| limit as usize))
@@ -494,9 +508,6 @@ impl Consume {
         for stream in streams {
             worker = worker.and_stream(stream);
         }
-        if let Some(table) = &self.lease_table {
-            worker = worker.lease_table(table.clone());
-        }
         if let Some(id) = &self.worker_id {
             worker = worker.worker_id(id.clone());
         }
@@ -505,6 +516,30 @@ impl Consume {
         }
         worker
     }
+}
+
+/// The applications of these outputs: each has a position of its own.
+pub(super) fn applications(app: &str, outputs: &[Output], readers: &[String]) -> Vec<String> {
+    let of_output = |output: &Output| {
+        let application = of(app, output.name.as_deref());
+        match readers {
+            [] => vec![application],
+            readers => readers.iter().map(|reader| of(&application, Some(reader))).collect(),
+        }
+    };
+    outputs.iter().flat_map(of_output).collect()
+}
+
+/// The application of an output or a reader that has a name.
+fn of(app: &str, name: Option<&str>) -> String {
+    name.map_or_else(|| app.to_owned(), |name| format!("{app}-{name}"))
+}
+
+/// The lease table of one of the applications: what tells that from the others tells its table too.
+pub(super) fn table_of(table: Option<&str>, app: &str, application: &str) -> String {
+    let Some(table) = table else { return application.to_owned() };
+    let rest = application.strip_prefix(app).unwrap_or_default();
+    format!("{table}{rest}")
 }
 
 fn is_each_once<'a>(mut names: impl Iterator<Item = &'a String>) -> bool {
@@ -527,7 +562,7 @@ where
         built = worker.build() => built?,
         () = stop.cancelled() => return Ok(()),
     };
-    // Of several positions the first one that is ready to run is told of.
+    // It is built once.
     let _ = observed.set(worker.observer());
     let shutdown = async {
         tokio::select! {

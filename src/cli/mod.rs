@@ -22,6 +22,7 @@ mod produce;
 mod redrive;
 mod replay;
 mod schema;
+mod screen;
 mod signals;
 mod status;
 mod values;

@@ -147,6 +147,7 @@ impl Produce {
     ) -> Outcome {
         let monitor = Arc::new(OnceLock::new());
         // Also before the spool is open, which may take its time after a crash.
+        let _told = telemetry::tell_of_producer(monitor.clone(), stop.clone());
         let _served = match watched {
             Some(Watched { address, recent }) => {
                 let served = Served {
@@ -204,7 +205,6 @@ impl Produce {
         let _ = monitor.set(producer.monitor());
         let address = producer.local_addr()?;
         tracing::info!(%address, stream = self.stream, "listening for OCS connections");
-        let _told = telemetry::tell_ready(stop.clone());
         producer.run(stop.cancelled_owned()).await?;
         Ok(())
     }

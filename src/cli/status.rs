@@ -1,6 +1,6 @@
 use std::{
     error::Error,
-    io::{ErrorKind, IsTerminal as _, Write as _},
+    io::{ErrorKind, Write as _},
     time::Duration,
 };
 
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Outcome,
     application::{Application, Look},
+    screen::Screen,
     values,
 };
 use crate::{
@@ -178,26 +179,32 @@ impl Status {
     async fn show(&self, config: &SdkConfig) -> Outcome {
         let streams = self.application.streams(config).await?;
         let mut look = self.application.look(config, &streams, &self.checkpoint)?;
+        // What never worked is a mistake; what worked once may work again.
+        let mut report = self.report(&streams, &mut look).await?;
         if !self.watch {
-            let report = self.report(&streams, &mut look).await?;
-            self.print(&report, false)?;
+            self.print(&report)?;
             return Ok(());
         }
-        let in_place = !self.json && std::io::stdout().is_terminal();
-        let mut shown = false;
+        let screen = if self.json { None } else { Screen::open()? };
+        let mut failure = None;
         loop {
-            match self.report(&streams, &mut look).await {
-                Ok(report) => {
-                    if !self.print(&report, in_place)? {
-                        return Ok(());
-                    }
-                    shown = true;
-                }
-                // What never worked is a mistake; what worked once may work again.
-                Err(error) if !shown => return Err(error),
-                Err(error) => tracing::warn!("{error}; trying again"),
+            match &screen {
+                Some(screen) => screen.draw(&watched(&report, failure.as_deref(), self.lag))?,
+                None if failure.is_some() => {}
+                None if !self.print(&report)? => return Ok(()),
+                None => {}
             }
             tokio::time::sleep(REDRAW_INTERVAL).await;
+            failure = match self.report(&streams, &mut look).await {
+                Ok(next) => {
+                    report = next;
+                    None
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            if let (None, Some(failure)) = (&screen, &failure) {
+                tracing::warn!("{failure}; trying again");
+            }
         }
     }
 
@@ -243,12 +250,12 @@ impl Status {
     }
 
     /// Prints a report; `false` if nobody reads it any more.
-    fn print(&self, report: &Report, in_place: bool) -> Result<bool, Box<dyn Error + Send + Sync>> {
-        let text = match self.json {
-            true => format!("{}\n", serde_json::to_string(report)?),
-            false => text(report, self.lag),
+    fn print(&self, report: &Report) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        let text = match (self.json, self.watch) {
+            (true, _) => format!("{}\n", serde_json::to_string(report)?),
+            (false, false) => text(report, self.lag),
+            (false, true) => watched(report, None, self.lag) + "\n",
         };
-        let text = if in_place { redrawn(&text) } else { text };
         let mut stdout = std::io::stdout().lock();
         match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
             Ok(()) => Ok(true),
@@ -273,25 +280,56 @@ async fn lag(stream: &Stream, lease: &Lease, state: State) -> LagReport {
     }
 }
 
-/// A screen drawn over the one before: nothing is cleared that is not written again at once.
-fn redrawn(text: &str) -> String {
-    let lines: String = text.lines().map(|line| format!("{line}\x1b[K\n")).collect();
-    format!("\x1b[H{lines}\x1b[J")
+/// What `--watch` shows: the last look that worked, and why there is no newer one.
+fn watched(report: &Report, failure: Option<&str>, with_lag: bool) -> String {
+    let mut text =
+        format!("looked at    {:.0}, every {REDRAW_INTERVAL:?} until Ctrl-C\n", report.at);
+    if let Some(failure) = failure {
+        text.push_str(&wrapped(&format!(
+            "OLD: the looks since then failed: {failure}; trying again"
+        )));
+    }
+    text + &self::text(report, with_lag)
+}
+
+/// A text in lines that are no wider than a table, each with its end.
+fn wrapped(text: &str) -> String {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let mut rest: Vec<char> = word.chars().collect();
+        while !rest.is_empty() {
+            let used = lines.last().map_or(0, |line| width(line));
+            let room = TABLE_WIDTH.saturating_sub(used + usize::from(used > 0));
+            // A word is cut where it has a line of its own and is longer than that.
+            if room < rest.len() && used > 0 {
+                lines.push(String::new());
+                continue;
+            }
+            let cut = rest.len().min(room);
+            let part: String = rest.drain(..cut).collect();
+            if let Some(line) = lines.last_mut() {
+                if used > 0 {
+                    line.push(' ');
+                }
+                line.push_str(&part);
+            }
+        }
+    }
+    lines.join("\n") + "\n"
 }
 
 fn text(report: &Report, with_lag: bool) -> String {
     let Report { at, stream, application, table, documents, shards, workers } = report;
-    let mut text = format!("stream       {stream}\napplication  {application}\n");
+    let mut text = head("stream", stream) + &head("application", application);
     if let Some(table) = table {
-        text.push_str(&format!("lease table  {table}\n"));
+        text.push_str(&head("lease table", table));
     }
     match documents.as_slice() {
-        [one] if table.is_none() => text.push_str(&format!(
-            "state        {}, written {} ago by {}\n",
-            one.place,
-            age_since(one.written_at, *at),
-            one.writer
-        )),
+        [one] if table.is_none() => {
+            let ago = age_since(one.written_at, *at);
+            let state = format!("{}, written {ago} ago by {}", one.place, one.writer);
+            text.push_str(&head("state", &state));
+        }
         _ => {}
     }
     text.push('\n');
@@ -320,15 +358,22 @@ fn text(report: &Report, with_lag: bool) -> String {
                 Some(true) => format!("over for {age}"),
                 _ => format!("for {age}"),
             };
-            text.push_str(&format!("\n{} ({when}): {error}\n", shard.shard.name()));
+            let told = format!("{} ({when}): {error}", shard.shard.name());
+            text.push_str(&format!("\n{}", wrapped(&told)));
         }
     }
     for shard in shards {
         if let Some(error) = shard.lag.as_ref().and_then(|lag| lag.lag_error.as_ref()) {
-            text.push_str(&format!("\nlag unknown: {error}\n"));
+            text.push_str(&format!("\n{}", wrapped(&format!("lag unknown: {error}"))));
         }
     }
     text
+}
+
+/// A line of the head, or several if what it says is long.
+fn head(name: &str, says: &str) -> String {
+    let line = format!("{name:<13}{says}\n");
+    if width(line.trim_end()) <= TABLE_WIDTH { line } else { wrapped(&format!("{name}: {says}")) }
 }
 
 fn shard_table(shards: &[ShardReport], with_lag: bool, at: Timestamp) -> String {
@@ -485,12 +530,15 @@ fn width(text: &str) -> usize {
 }
 
 /// The end of a text, which tells shards, workers and sequence numbers apart; of a shard, if there is
-/// room, also what it is.
+/// room, also what it is. Of a word of the KCL's the beginning.
 fn shortened(text: &str, limit: usize) -> String {
     const SHARD: &str = "shardId-";
     let length = width(text);
     if length <= limit {
         return text.to_owned();
+    }
+    if text.bytes().all(|b| b.is_ascii_uppercase() || b == b'_') {
+        return format!("{}…", &text[..limit.saturating_sub(1)]);
     }
     let start = if text.starts_with(SHARD) && limit > SHARD.len() + 4 { SHARD } else { "" };
     let keep = limit.saturating_sub(start.len() + 1);
@@ -573,14 +621,14 @@ w1      1       0          ?
         let worker = "ip-10-10-10-10.us-east-1.compute.internal-12345-0a1b2c3d";
         let mut handing_over = shard(4, State::HandingOver, Some(worker), &[2, 3]);
         handing_over.shard.next_owner = Some(worker.replace("0a1b2c3d", "99999999"));
-        let text =
-            text(&report(vec![shard(0, State::Reading, Some(worker), &[]), handing_over]), true);
-        for line in text.lines() {
-            assert!(width(line) <= TABLE_WIDTH, "{line}");
-        }
+        let mut new = shard(0, State::Reading, Some(worker), &[]);
+        new.shard.checkpoint = Some("TRIM_HORIZON".to_owned());
+        let text = text(&report(vec![new, handing_over]), true);
+        fits(&text);
         assert!(text.contains("shardId-…0004"), "{text}");
         assert!(text.contains("…0002 …0003"), "{text}");
         assert!(text.contains("61s  1.2s"), "{text}");
+        assert!(text.contains("  TRIM_HOR…  "), "{text}");
     }
 
     #[test]
@@ -598,8 +646,35 @@ w1      1       0          ?
         }
     }
 
+    fn fits(text: &str) {
+        for line in text.lines() {
+            assert!(width(line) <= TABLE_WIDTH, "{line}");
+        }
+    }
+
     #[test]
-    fn a_screen_is_drawn_over_the_one_before() {
-        assert_eq!(redrawn("a\nb\n"), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
+    fn nothing_that_is_watched_is_wider_than_80_columns() {
+        let long =
+            "no answer from https://kinesis.us-east-1.amazonaws.com ".repeat(5) + &"x".repeat(200);
+        let mut failing = shard(1, State::Reading, Some(&"w".repeat(300)), &[0]);
+        failing.shard.last_error = Some(long.clone());
+        failing.shard.last_error_at = Some(Timestamp::UNIX_EPOCH);
+        let lag = LagReport { lag_error: Some(long.clone()), ..LagReport::default() };
+        failing.lag = Some(lag);
+        let mut report = report(vec![shard(0, State::Finished, None, &[]), failing]);
+        report.stream = ["a".repeat(128), "b".repeat(128)].join(", ");
+        report.application = "a".repeat(128);
+        report.table = Some("t".repeat(255));
+        for (failure, with_lag) in [(None, false), (Some(&*long), true)] {
+            let text = watched(&report, failure, with_lag);
+            fits(&text);
+            assert!(text.starts_with("looked at    1970-01-01T02:00:00Z, every 2s until Ctrl-C\n"));
+            assert_eq!(text.contains("OLD: the looks since then failed: no answer"), with_lag);
+        }
+        report.table = None;
+        let place = format!("s3://bucket/{}", "k".repeat(1000));
+        let (writer, written_at) = ("w".repeat(200), Timestamp::UNIX_EPOCH);
+        report.documents = vec![DocumentReport { place, writer, written_at }];
+        fits(&text(&report, true));
     }
 }

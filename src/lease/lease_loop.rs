@@ -111,8 +111,8 @@ pub struct LeaseLoop<S> {
     /// Shards that are not taken again.
     left: BTreeSet<ShardId>,
     refuses: bool,
-    /// Whether shards were told to be read by nobody.
-    told_unread: bool,
+    /// At how many looks in a row there were shards that nobody reads.
+    looks_unread: u32,
     observed: Observations,
     snapshot: Vec<Lease>,
     /// When the table was last looked at.
@@ -132,7 +132,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             given_up: BTreeMap::new(),
             left: BTreeSet::new(),
             refuses: false,
-            told_unread: false,
+            looks_unread: 0,
             observed: Observations::default(),
             snapshot: Vec::new(),
             looked_at: None,
@@ -322,19 +322,20 @@ impl<S: LeaseStore> LeaseLoop<S> {
         Ok(Looked { taken, again_at: Instant::now() + *interval, error: failed })
     }
 
-    /// A maximum that is too low for the fleet leaves shards unread: that must not go unseen.
+    /// A maximum that is too low for the fleet leaves shards unread: that must not go unseen. After an outage
+    /// of the table they are unread at one look, and taken by it.
     fn tell_unread(&mut self, now: Instant) {
         let unread =
             plan::left_unread(&self.snapshot, &self.observed, self.settings.lease_duration, now);
+        self.looks_unread = if unread.is_empty() { 0 } else { self.looks_unread.saturating_add(1) };
         match unread.first() {
-            Some(first) if !self.told_unread => tracing::warn!(
+            Some(first) if self.looks_unread == 2 => tracing::warn!(
                 shards = unread.len(), first = %first.shard,
                 "shards that are read by nobody: every worker has as many leases as it takes; start \
                  another worker, or raise the limits of these"
             ),
             _ => {}
         }
-        self.told_unread = !unread.is_empty();
     }
 
     fn with_planner<T>(&self, plan: impl FnOnce(&[Lease], &Observations, &Planner<'_>) -> T) -> T {
@@ -470,6 +471,22 @@ mod tests {
             lease = table.update(&mut lease, &change).await.expect("written");
         }
         (table, lease)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_an_outage_of_the_table_what_is_taken_at_once_is_not_told_as_unread() {
+        let (table, lease) = asked().await;
+        let mut worker = LeaseLoop::new(table.clone(), settings("reader"));
+        worker.look(None).await.expect("a look");
+        let shard = lease.shard.clone();
+        worker.done(&shard);
+        // Nobody renewed it meanwhile, for nobody could.
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        worker.look(None).await.expect("a look");
+        assert_eq!(worker.looks_unread, 1);
+        assert!(worker.held.contains_key(&shard), "it is taken by the same look");
+        worker.look(None).await.expect("a look");
+        assert_eq!(worker.looks_unread, 0, "and so it is not told");
     }
 
     #[tokio::test(start_paused = true)]

@@ -175,6 +175,28 @@ pub(crate) struct Read {
 }
 
 impl Read {
+    /// The same in pieces of about so many bytes, so that what is made of the records is not made of all of
+    /// them at once. Only the last one ends the shard.
+    fn pieces(self, size_bytes: usize) -> Vec<Self> {
+        let Self { records, behind, end } = self;
+        let mut pieces = vec![Self { behind, ..Self::default() }];
+        let mut bytes = 0;
+        for record in records {
+            if bytes >= size_bytes {
+                pieces.push(Self { behind, ..Self::default() });
+                bytes = 0;
+            }
+            bytes += record.data.len();
+            if let Some(piece) = pieces.last_mut() {
+                piece.records.push(record);
+            }
+        }
+        if let Some(last) = pieces.last_mut() {
+            last.end = end;
+        }
+        pieces
+    }
+
     fn size_bytes(&self) -> usize {
         self.records.iter().map(|record| record.data.len() + record.partition_key.len()).sum()
     }
@@ -455,6 +477,24 @@ mod tests {
         let mut again = read(&["9", "10", "11"], "2025-07-02T15:00:00Z");
         reader.drop_repeats(&mut again);
         assert_eq!(numbers(&again), ["11"]);
+    }
+
+    #[test]
+    fn p2_the_pieces_of_a_read_are_its_records_in_order_and_only_the_last_one_ends_the_shard() {
+        let mut whole = read(&["1", "2", "3", "4", "5"], "2025-07-02T15:00:00Z");
+        for record in &mut whole.records {
+            record.data = bytes::Bytes::from_static(b"0123456789");
+        }
+        (whole.behind, whole.end) = (Some(Duration::from_secs(3)), Some(Vec::new()));
+        let pieces = whole.pieces(20);
+        let found: Vec<Vec<&str>> = pieces.iter().map(numbers).collect();
+        assert_eq!(found, [vec!["1", "2"], vec!["3", "4"], vec!["5"]]);
+        assert!(pieces.iter().all(|piece| piece.behind == Some(Duration::from_secs(3))));
+        let ends: Vec<bool> = pieces.iter().map(|piece| piece.end.is_some()).collect();
+        assert_eq!(ends, [false, false, true]);
+        // A read without records tells how far behind it was, or that the shard has ended.
+        let empty = Read { end: Some(Vec::new()), ..Read::default() };
+        assert!(matches!(&empty.pieces(20)[..], [piece] if piece.end.is_some()));
     }
 
     #[test]

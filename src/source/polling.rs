@@ -12,7 +12,11 @@ use crate::{
 };
 
 /// The most records that one GetRecords call may return (AWS API reference).
-const RECORDS_PER_READ: i32 = 10_000;
+const RECORDS_PER_READ: usize = 10_000;
+/// How many the first call asks for, which does not know how large they are.
+const RECORDS_AT_FIRST: usize = 1000;
+/// How much a call is to give: five a second, and a shard allows two MiB. More would only take memory.
+const READ_BYTES: usize = 1024 * 1024;
 /// A shard allows five reads a second ...
 const READ_INTERVAL: Duration = Duration::from_millis(200);
 /// ... and two MiB a second: after a larger read, the next one is refused until its bytes are paid off.
@@ -26,6 +30,8 @@ pub(super) struct ShardIterator {
     pub(super) token: Option<String>,
     shard: ShardId,
     not_before: Instant,
+    /// How many records the next call asks for.
+    limit: usize,
 }
 
 pub(super) async fn iterate(
@@ -52,6 +58,7 @@ pub(super) async fn iterate(
         token: answer.shard_iterator,
         shard: shard.clone(),
         not_before: Instant::now(),
+        limit: RECORDS_AT_FIRST,
     })
 }
 
@@ -64,7 +71,7 @@ impl ShardIterator {
             .client()
             .get_records()
             .shard_iterator(token)
-            .limit(RECORDS_PER_READ)
+            .limit(i32::try_from(self.limit).unwrap_or(i32::MAX))
             .send()
             .await
             .map_err(|error| stream.failure("kinesis:GetRecords", error));
@@ -88,6 +95,7 @@ impl ShardIterator {
         let read =
             Read { records: answer.records.into_iter().filter_map(record).collect(), behind, end };
         self.not_before = asked_at + pause(&read);
+        self.limit = limit(&read).unwrap_or(self.limit);
         Ok(Linked::Read { read, next: None })
     }
 
@@ -119,6 +127,12 @@ fn pause(read: &Read) -> Duration {
     if read.reached_tip() { IDLE_INTERVAL } else { READ_INTERVAL.max(bytes) }
 }
 
+/// How many records make a call of a good size, by those of the last one.
+fn limit(read: &Read) -> Option<usize> {
+    let average = read.size_bytes().div_ceil(read.records.len().max(1)).max(1);
+    (!read.records.is_empty()).then(|| (READ_BYTES / average).clamp(1, RECORDS_PER_READ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,5 +156,13 @@ mod tests {
         assert_eq!(pause(&read(0, Some(Duration::from_millis(5)))), READ_INTERVAL);
         assert_eq!(pause(&read(100, Some(Duration::ZERO))), READ_INTERVAL);
         assert_eq!(pause(&read(10 * 1024 * 1024, None)), Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_read_asks_for_as_many_records_as_make_a_mebibyte() {
+        assert_eq!(limit(&read(0, None)), None, "nothing is known");
+        assert_eq!(limit(&read(1, None)), Some(RECORDS_PER_READ));
+        assert_eq!(limit(&read(1024, None)), Some(1024));
+        assert_eq!(limit(&read(10 * 1024 * 1024, None)), Some(1));
     }
 }

@@ -17,7 +17,9 @@ use crate::backoff::Backoff;
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 /// What a read and a record take beyond their payload, roughly: empty reads must not pile up either.
 const READ_OVERHEAD_BYTES: usize = 1024;
-const RECORD_OVERHEAD_BYTES: usize = 128;
+const RECORD_OVERHEAD_BYTES: usize = 256;
+/// How much is handed on at a time. A read may have 10 MiB, and what is made of it takes as much again.
+const PIECE_BYTES: usize = 512 * 1024;
 /// The most records of a backlog that are given at once: as many as one read of Kinesis may have.
 const BACKLOG_RECORDS: usize = 10_000;
 
@@ -38,7 +40,7 @@ pub(crate) enum Failing<'a> {
     NoMore(&'a str),
 }
 
-/// A read, and the part of the buffer that it takes until it is dropped.
+/// A read or a piece of one, and the part of the buffer that it takes until it is dropped.
 pub(crate) struct Prefetched {
     pub read: Read,
     room: Option<OwnedSemaphorePermit>,
@@ -169,11 +171,15 @@ async fn run(
         }
         reader.stream.was_read(true);
         let ended = read.end.is_some();
-        let size =
-            read.size_bytes() + READ_OVERHEAD_BYTES + read.records.len() * RECORD_OVERHEAD_BYTES;
-        let size = u32::try_from(size).unwrap_or(u32::MAX).min(limit_bytes);
-        let room = room.clone().acquire_many_owned(size).await.ok();
-        if sender.send(Ok(Prefetched { read, room })).is_err() || ended {
+        for read in read.pieces(PIECE_BYTES) {
+            let overhead = READ_OVERHEAD_BYTES + read.records.len() * RECORD_OVERHEAD_BYTES;
+            let size = u32::try_from(read.size_bytes() + overhead).unwrap_or(u32::MAX);
+            let room = room.clone().acquire_many_owned(size.min(limit_bytes)).await.ok();
+            if sender.send(Ok(Prefetched { read, room })).is_err() {
+                return;
+            }
+        }
+        if ended {
             return;
         }
     }

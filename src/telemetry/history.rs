@@ -7,7 +7,8 @@ use std::{
 
 use serde::Serialize;
 
-use crate::worker::WorkerStatus;
+use super::WorkerLook;
+use crate::shard::ShardId;
 
 /// How often a sample is taken.
 pub(super) const INTERVAL: Duration = Duration::from_secs(10);
@@ -23,10 +24,10 @@ pub(super) struct Sample {
     pub messages: u64,
 }
 
-/// The samples of every shard that is read.
+/// The samples of every shard that is read, for each application.
 #[derive(Debug, Default)]
 pub(super) struct History {
-    shards: BTreeMap<String, Series>,
+    shards: BTreeMap<(String, ShardId), Series>,
 }
 
 #[derive(Debug, Default)]
@@ -38,11 +39,16 @@ struct Series {
 
 impl History {
     /// Takes a sample of each shard, and forgets those that are not read any more.
-    pub(super) fn sample(&mut self, status: &WorkerStatus) {
+    pub(super) fn sample(&mut self, workers: &[WorkerLook]) {
         let mut known = std::mem::take(&mut self.shards);
-        for shard in &status.shards {
-            let name = shard.shard.to_string();
-            let mut series = known.remove(&name).unwrap_or_default();
+        let read =
+            workers.iter().filter_map(|look| Some((&look.application, look.status.as_ref()?)));
+        let read = read.flat_map(|(application, status)| {
+            status.shards.iter().map(move |shard| (application, shard))
+        });
+        for (application, shard) in read {
+            let key = (application.clone(), shard.shard.clone());
+            let mut series = known.remove(&key).unwrap_or_default();
             let messages = shard.counts.messages;
             let before = if messages < series.messages { 0 } else { series.messages };
             series.messages = messages;
@@ -53,13 +59,13 @@ impl History {
                 lag_ms: shard.behind.map(super::page::millis),
                 messages: messages - before,
             });
-            self.shards.insert(name, series);
+            self.shards.insert(key, series);
         }
     }
 
     /// The samples of a shard, the oldest first.
-    pub(super) fn of(&self, shard: &str) -> Vec<Sample> {
-        let series = self.shards.get(shard);
+    pub(super) fn of(&self, application: &str, shard: &ShardId) -> Vec<Sample> {
+        let series = self.shards.get(&(application.to_owned(), shard.clone()));
         series.map(|series| series.samples.iter().copied().collect()).unwrap_or_default()
     }
 }
@@ -72,22 +78,35 @@ mod tests {
     #[test]
     fn samples_are_what_came_in_between_and_cover_fifteen_minutes() {
         let mut history = History::default();
-        let mut status = status_of(1);
-        let name = status.shards[0].shard.to_string();
+        let look = |application: &str| WorkerLook {
+            application: application.to_owned(),
+            status: Some(status_of(1)),
+        };
+        // Both read the same shard.
+        let mut looks = [look("rtr-green"), look("rtr-blue")];
+        let shard = status_of(1).shards[0].shard.clone();
+        let set = |look: &mut WorkerLook, messages| {
+            look.status.as_mut().expect("it runs").shards[0].counts.messages = messages;
+        };
         for n in 1..=200 {
-            status.shards[0].counts.messages = n * 5;
-            history.sample(&status);
+            set(&mut looks[0], n * 5);
+            set(&mut looks[1], n);
+            history.sample(&looks);
         }
-        let samples = history.of(&name);
+        let samples = history.of("rtr-green", &shard);
         assert_eq!(samples.len(), SAMPLES);
         assert_eq!(Duration::from_secs(900), INTERVAL * 90);
         assert!(samples.iter().all(|sample| sample.messages == 5));
         // Taken again: it counts from zero.
-        status.shards[0].counts.messages = 3;
-        history.sample(&status);
-        assert_eq!(history.of(&name).last().map(|sample| sample.messages), Some(3));
-        status.shards.clear();
-        history.sample(&status);
-        assert_eq!(history.of(&name), []);
+        set(&mut looks[0], 3);
+        history.sample(&looks);
+        let last = |history: &History, application| {
+            history.of(application, &shard).last().map(|sample| sample.messages)
+        };
+        assert_eq!(last(&history, "rtr-green"), Some(3));
+        assert_eq!(history.of("rtr-blue", &shard)[0].messages, 1);
+        history.sample(&looks[1..]);
+        assert_eq!(last(&history, "rtr-green"), None);
+        assert_eq!(last(&history, "rtr-blue"), Some(0));
     }
 }

@@ -15,6 +15,7 @@ use axum::{
     response::{Html, IntoResponse, Response},
     routing::get,
 };
+use futures_util::future::join_all;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -30,6 +31,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
+    ObservedWorker, WorkerLook,
     history::{self, History},
     metrics::{self, Snapshot},
     page::{Fleet, Page, Parts},
@@ -39,7 +41,6 @@ use super::{
 use crate::{
     host,
     produce::{ProducerMonitor, ProducerStats},
-    worker::{Observer, WorkerStatus},
 };
 
 const PAGE: &str = include_str!("page.html");
@@ -64,12 +65,16 @@ pub(crate) type LookAtFleet =
 
 /// What runs in the process; set when it does.
 pub(crate) enum Subject {
-    Worker {
-        observer: Arc<OnceLock<Observer>>,
-        /// Who reads what, if there is a lease table.
-        fleet: Option<LookAtFleet>,
-    },
+    /// One for each application.
+    Workers(Vec<WorkerSubject>),
     Producer(Arc<OnceLock<ProducerMonitor>>),
+}
+
+/// The worker of an application.
+pub(crate) struct WorkerSubject {
+    pub worker: ObservedWorker,
+    /// Who reads what, if there is a lease table.
+    pub fleet: Option<LookAtFleet>,
 }
 
 /// What is told of a process.
@@ -85,8 +90,8 @@ pub(crate) struct Served {
 struct Shared {
     served: Served,
     history: Mutex<History>,
-    /// The last look at the table.
-    fleet: tokio::sync::Mutex<Option<(Instant, Fleet)>>,
+    /// The last look at the table of each application.
+    fleets: Vec<tokio::sync::Mutex<Option<(Instant, Fleet)>>>,
 }
 
 /// Binds the address, so that a port that is taken is an error at the start.
@@ -98,14 +103,20 @@ pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener, io::Error> 
     })
 }
 
+impl Subject {
+    fn workers(&self) -> &[WorkerSubject] {
+        match self {
+            Self::Workers(workers) => workers,
+            Self::Producer(_) => &[],
+        }
+    }
+}
+
 impl Served {
     /// Answers until the handle is dropped.
     pub(crate) fn serve(self, listener: TcpListener) -> AbortOnDropHandle<()> {
-        let shared = Arc::new(Shared {
-            served: self,
-            history: Mutex::default(),
-            fleet: tokio::sync::Mutex::default(),
-        });
+        let fleets = self.subject.workers().iter().map(|_| tokio::sync::Mutex::default()).collect();
+        let shared = Arc::new(Shared { served: self, history: Mutex::default(), fleets });
         if let Ok(address) = listener.local_addr() {
             tracing::info!("status page at http://{address}/, with /healthz, /readyz and /metrics");
         }
@@ -149,52 +160,36 @@ async fn sample(shared: &Shared) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if let Some(worker) = shared.worker() {
-            shared.history().sample(&worker);
-        }
+        shared.history().sample(&shared.workers());
     }
 }
 
 impl Shared {
-    fn worker(&self) -> Option<WorkerStatus> {
-        match &self.served.subject {
-            Subject::Worker { observer, .. } => observer.get().map(Observer::status),
-            Subject::Producer(_) => None,
-        }
+    fn workers(&self) -> Vec<WorkerLook> {
+        self.served.subject.workers().iter().map(|subject| subject.worker.look()).collect()
     }
 
     async fn producer(&self) -> Option<ProducerStats> {
         match &self.served.subject {
-            Subject::Worker { .. } => None,
+            Subject::Workers(_) => None,
             Subject::Producer(monitor) => monitor.get()?.stats().await.ok(),
         }
     }
 
     async fn look(&self) -> Look {
-        let (worker, producer) = (self.worker(), self.producer().await);
+        let (workers, producer) = (self.workers(), self.producer().await);
         let reasons = match &self.served.subject {
-            Subject::Worker { .. } => readiness::worker(worker.as_ref()),
+            Subject::Workers(_) => readiness::workers(&workers),
             Subject::Producer(_) => readiness::producer(producer.as_ref()),
         };
-        Look { worker, producer, reasons }
+        Look { workers, producer, reasons }
     }
 
-    /// What the lease table tells, as of not long ago.
-    async fn fleet(&self) -> Option<Fleet> {
-        let Subject::Worker { fleet: Some(look), .. } = &self.served.subject else { return None };
-        let mut last = self.fleet.lock().await;
-        if let Some((at, fleet)) = &*last
-            && at.elapsed() < FLEET_INTERVAL
-        {
-            return Some(fleet.clone());
-        }
-        let fleet = timeout(FLEET_LIMIT, look()).await.unwrap_or_else(|_| {
-            let text =
-                format!("the lease table does not answer within {} s", FLEET_LIMIT.as_secs());
-            Err(text)
-        });
-        *last = Some((Instant::now(), fleet.clone()));
-        Some(fleet)
+    /// What the lease table of each application tells, as of not long ago.
+    async fn fleets(&self) -> Vec<Option<Fleet>> {
+        let subjects = self.served.subject.workers().iter();
+        let looks = subjects.zip(&self.fleets).map(|(subject, last)| fleet(subject, last));
+        join_all(looks).await
     }
 
     fn history(&self) -> MutexGuard<'_, History> {
@@ -202,9 +197,28 @@ impl Shared {
     }
 }
 
+async fn fleet(
+    subject: &WorkerSubject,
+    last: &tokio::sync::Mutex<Option<(Instant, Fleet)>>,
+) -> Option<Fleet> {
+    let look = subject.fleet.as_ref()?;
+    let mut last = last.lock().await;
+    if let Some((at, fleet)) = &*last
+        && at.elapsed() < FLEET_INTERVAL
+    {
+        return Some(fleet.clone());
+    }
+    let fleet = timeout(FLEET_LIMIT, look()).await.unwrap_or_else(|_| {
+        let text = format!("the lease table does not answer within {} s", FLEET_LIMIT.as_secs());
+        Err(text)
+    });
+    *last = Some((Instant::now(), fleet.clone()));
+    Some(fleet)
+}
+
 /// How the process is at one moment.
 struct Look {
-    worker: Option<WorkerStatus>,
+    workers: Vec<WorkerLook>,
     producer: Option<ProducerStats>,
     reasons: Vec<Reason>,
 }
@@ -217,11 +231,11 @@ async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
-    let Look { worker, producer, reasons } = shared.look().await;
+    let Look { workers, producer, reasons } = shared.look().await;
     let snapshot = Snapshot {
         ready: reasons.is_empty(),
         resident_bytes: host::resident_bytes(),
-        worker,
+        workers,
         producer,
         at: Timestamp::now(),
     };
@@ -232,17 +246,16 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 async fn status(State(shared): State<Arc<Shared>>) -> Response {
-    let fleet = shared.fleet().await;
-    let Look { worker, producer, reasons } = shared.look().await;
+    let fleets = shared.fleets().await;
+    let Look { workers, producer, reasons } = shared.look().await;
     let page = Page::new(Parts {
         at: Timestamp::now(),
         command: shared.served.command,
         title: shared.served.title.clone(),
         reasons,
         resident_bytes: host::resident_bytes(),
-        worker,
+        workers: workers.into_iter().zip(fleets).collect(),
         producer,
-        fleet,
         history: &shared.history(),
         errors: shared.served.recent.entries(),
     });

@@ -11,6 +11,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use super::WorkerLook;
 use crate::{
     latency::LatencySummary,
     produce::{Failure, LaneStats, ProducerStats, SourceStats},
@@ -25,7 +26,7 @@ pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 pub(super) struct Snapshot {
     pub ready: bool,
     pub resident_bytes: Option<u64>,
-    pub worker: Option<WorkerStatus>,
+    pub workers: Vec<WorkerLook>,
     pub producer: Option<ProducerStats>,
     /// When that was.
     pub at: Timestamp,
@@ -253,9 +254,7 @@ impl Collector for Snapshot {
         for family in PROCESS {
             family.encode(encoder, [(none, self)], self.at)?;
         }
-        if let Some(worker) = &self.worker {
-            encode_worker(worker, self.at, encoder)?;
-        }
+        encode_workers(&self.workers, self.at, encoder)?;
         if let Some(producer) = &self.producer {
             encode_producer(producer, self.at, encoder)?;
         }
@@ -263,35 +262,52 @@ impl Collector for Snapshot {
     }
 }
 
-fn encode_worker(
-    worker: &WorkerStatus,
+fn encode_workers(
+    workers: &[WorkerLook],
     now: Timestamp,
     encoder: &mut DescriptorEncoder<'_>,
 ) -> fmt::Result {
-    let none: NoLabels = [];
+    let running: Vec<(&str, &WorkerStatus)> = workers
+        .iter()
+        .filter_map(|look| Some((look.application.as_str(), look.status.as_ref()?)))
+        .collect();
+    if running.is_empty() {
+        return Ok(());
+    }
     for family in WORKER {
-        family.encode(encoder, [(none, worker)], now)?;
+        let all =
+            running.iter().map(|(application, worker)| ([("application", *application)], *worker));
+        family.encode(encoder, all, now)?;
     }
     let help = "Leases that came to the worker and went from it";
     let mut moves = encoder.encode_descriptor("lease_moves", help, None, MetricType::Counter)?;
-    for (kind, count) in MOVES {
-        let labels = [("kind", *kind)];
-        sample(Kind::Counter, moves.encode_family(&labels)?, count(&worker.leases) as f64)?;
+    for (application, worker) in &running {
+        for (kind, count) in MOVES {
+            let labels = [("application", *application), ("kind", *kind)];
+            sample(Kind::Counter, moves.encode_family(&labels)?, count(&worker.leases) as f64)?;
+        }
     }
-    let labels = |shard: &ShardStatus| {
-        [("stream", shard.stream.clone()), ("shard", shard.shard.name().into())]
-    };
+    let shards = running.iter().flat_map(|(application, worker)| {
+        worker.shards.iter().map(|shard| {
+            let labels = [
+                ("application", *application),
+                ("stream", shard.stream.as_str()),
+                ("shard", shard.shard.name()),
+            ];
+            (labels, shard)
+        })
+    });
     for family in SHARD {
-        family.encode(encoder, worker.shards.iter().map(|shard| (labels(shard), shard)), now)?;
+        family.encode(encoder, shards.clone(), now)?;
     }
     let help = "How long a call of the handler took in the last minutes, by quantile";
     let unit = Some(&Unit::Seconds);
     let name = "handler_duration_quantile";
     let mut quantiles = encoder.encode_descriptor(name, help, unit, MetricType::Gauge)?;
-    for shard in worker.shards.iter().filter(|shard| shard.handler.count > 0) {
-        let [stream, name] = labels(shard);
+    for (labels, shard) in shards.filter(|(_, shard)| shard.handler.count > 0) {
+        let [application, stream, name] = labels;
         for (quantile, value) in QUANTILES {
-            let labels = [stream.clone(), name.clone(), ("quantile", (*quantile).to_owned())];
+            let labels = [application, stream, name, ("quantile", *quantile)];
             sample(Kind::Gauge, quantiles.encode_family(&labels)?, value(&shard.handler))?;
         }
     }
@@ -466,11 +482,14 @@ mod tests {
     use crate::{produce::stats_of, worker::status_of};
 
     fn everything() -> String {
-        let worker = status_of(2);
+        let worker = |application: &str, shards| WorkerLook {
+            application: application.to_owned(),
+            status: Some(status_of(shards)),
+        };
         let snapshot = Snapshot {
             ready: true,
             resident_bytes: Some(1024),
-            worker: Some(worker),
+            workers: vec![worker("rtr-green", 2), worker("rtr-blue", 1)],
             producer: Some(stats_of(2)),
             at: Timestamp::UNIX_EPOCH,
         };
@@ -484,10 +503,13 @@ mod tests {
             "# TYPE tramline_ready gauge",
             "tramline_ready 1.0",
             "tramline_resident_memory_bytes 1024.0",
-            "tramline_leases_held 2.0",
-            "tramline_lease_moves_total{kind=\"taken\"} 2.0",
-            "tramline_shard_lag_milliseconds{stream=\"s\",shard=\"shardId-000000000000\"} 1500.0",
-            "tramline_shard_records_total{stream=\"s\",shard=\"shardId-000000000001\"} 0.0",
+            "tramline_leases_held{application=\"rtr-green\"} 2.0",
+            "tramline_leases_held{application=\"rtr-blue\"} 1.0",
+            "tramline_lease_moves_total{application=\"rtr-green\",kind=\"taken\"} 2.0",
+            "tramline_shard_lag_milliseconds{application=\"rtr-blue\",stream=\"s\",\
+             shard=\"shardId-000000000000\"} 1500.0",
+            "tramline_shard_records_total{application=\"rtr-green\",stream=\"s\",\
+             shard=\"shardId-000000000001\"} 0.0",
             "# EOF",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");

@@ -11,8 +11,33 @@ mod recent;
 mod repeats;
 mod systemd;
 
-pub(crate) use http::{LookAtFleet, Served, Subject, bind};
+use std::sync::{Arc, OnceLock};
+
+pub(crate) use http::{LookAtFleet, Served, Subject, WorkerSubject, bind};
 pub(crate) use page::{Fleet, FleetShard};
 pub(crate) use recent::{Recent, RecentLayer};
 pub(crate) use repeats::RepeatFilter;
-pub(crate) use systemd::{tell_of_worker, tell_ready};
+pub(crate) use systemd::{tell_of_producer, tell_of_workers};
+
+use crate::worker::{Observer, WorkerStatus};
+
+/// The worker of an application; set when it runs.
+#[derive(Clone)]
+pub(crate) struct ObservedWorker {
+    pub application: String,
+    pub observer: Arc<OnceLock<Observer>>,
+}
+
+impl ObservedWorker {
+    fn look(&self) -> WorkerLook {
+        let status = self.observer.get().map(Observer::status);
+        WorkerLook { application: self.application.clone(), status }
+    }
+}
+
+/// How the worker of an application is doing; `None` before it runs.
+#[derive(Debug)]
+struct WorkerLook {
+    application: String,
+    status: Option<WorkerStatus>,
+}

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{
+    WorkerLook,
     history::{History, Sample},
     readiness::Reason,
     recent::Entry,
@@ -39,22 +40,24 @@ pub(super) struct Page {
     ready: bool,
     reasons: Vec<Reason>,
     resident_bytes: Option<u64>,
+    /// Those that run, one for each application.
     #[serde(skip_serializing_if = "Option::is_none")]
-    worker: Option<WorkerPage>,
+    workers: Option<Vec<WorkerPage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     producer: Option<ProducerPage>,
     shards: Vec<ShardRow>,
     /// Shards that are read to their end, which are not among `shards`.
     finished_shards: usize,
-    /// Why it is not known what other workers read.
-    fleet_error: Option<String>,
     /// The latest warnings and errors, the newest first.
     errors: Vec<Entry>,
 }
 
 #[derive(Debug, Serialize)]
 struct WorkerPage {
+    application: String,
     name: String,
+    /// Why it is not known what other workers of the application read.
+    fleet_error: Option<String>,
     uptime_ms: u64,
     stopping: bool,
     looked_ms_ago: Option<u64>,
@@ -87,6 +90,7 @@ impl From<LeaseMoves> for Moves {
 /// A shard, whoever reads it.
 #[derive(Debug, Serialize)]
 struct ShardRow {
+    application: String,
     stream: String,
     shard: String,
     owner: Option<String>,
@@ -125,9 +129,9 @@ pub(super) struct Parts<'a> {
     pub title: String,
     pub reasons: Vec<Reason>,
     pub resident_bytes: Option<u64>,
-    pub worker: Option<WorkerStatus>,
+    /// With what the lease table of each tells.
+    pub workers: Vec<(WorkerLook, Option<Fleet>)>,
     pub producer: Option<ProducerStats>,
-    pub fleet: Option<Fleet>,
     pub history: &'a History,
     pub errors: Vec<Entry>,
 }
@@ -135,15 +139,20 @@ pub(super) struct Parts<'a> {
 impl Page {
     pub(super) fn new(parts: Parts<'_>) -> Self {
         let Parts { at, command, title, reasons, resident_bytes, history, errors, .. } = parts;
-        let (worker, producer, fleet) = (parts.worker, parts.producer, parts.fleet);
-        let (fleet, fleet_error) = match fleet {
-            None => (Vec::new(), None),
-            Some(Ok(fleet)) => (fleet, None),
-            Some(Err(error)) => (Vec::new(), Some(error)),
-        };
-        let rows = worker.as_ref().map_or_else(Vec::new, |worker| rows(worker, fleet, history));
+        let is_consumer = !parts.workers.is_empty();
+        let (mut workers, mut all) = (Vec::new(), Vec::new());
+        for (WorkerLook { application, status }, fleet) in parts.workers {
+            let Some(status) = status else { continue };
+            let (fleet, fleet_error) = match fleet {
+                None => (Vec::new(), None),
+                Some(Ok(fleet)) => (fleet, None),
+                Some(Err(error)) => (Vec::new(), Some(error)),
+            };
+            all.extend(rows(&application, &status, fleet, history));
+            workers.push(WorkerPage::new(application, status, fleet_error));
+        }
         let (shards, finished): (Vec<_>, Vec<_>) =
-            rows.into_iter().partition(|row| row.state != State::Finished);
+            all.into_iter().partition(|row| row.state != State::Finished);
         Self {
             at,
             version: env!("CARGO_PKG_VERSION"),
@@ -152,25 +161,32 @@ impl Page {
             ready: reasons.is_empty(),
             reasons,
             resident_bytes,
-            worker: worker.map(|worker| WorkerPage {
-                name: worker.worker,
-                uptime_ms: millis(worker.uptime),
-                stopping: worker.stopping,
-                looked_ms_ago: worker.looked.map(millis),
-                records: worker.counts.records,
-                messages: worker.counts.messages,
-                failed_attempts: worker.counts.failed_attempts,
-                dead_letters: worker.counts.dead_letters,
-                undecodable: worker.counts.undecodable,
-                skipped: worker.counts.skipped,
-                stuck: worker.counts.stuck,
-                lease_moves: worker.leases.into(),
-            }),
-            producer: producer.map(|producer| ProducerPage::new(&producer, at)),
+            workers: is_consumer.then_some(workers),
+            producer: parts.producer.map(|producer| ProducerPage::new(&producer, at)),
             shards,
             finished_shards: finished.len(),
-            fleet_error,
             errors,
+        }
+    }
+}
+
+impl WorkerPage {
+    fn new(application: String, status: WorkerStatus, fleet_error: Option<String>) -> Self {
+        Self {
+            application,
+            name: status.worker,
+            fleet_error,
+            uptime_ms: millis(status.uptime),
+            stopping: status.stopping,
+            looked_ms_ago: status.looked.map(millis),
+            records: status.counts.records,
+            messages: status.counts.messages,
+            failed_attempts: status.counts.failed_attempts,
+            dead_letters: status.counts.dead_letters,
+            undecodable: status.counts.undecodable,
+            skipped: status.counts.skipped,
+            stuck: status.counts.stuck,
+            lease_moves: status.leases.into(),
         }
     }
 }
@@ -243,10 +259,16 @@ impl ProducerPage {
 }
 
 /// The shards of the table, and those that are read here: this worker knows its own better.
-fn rows(worker: &WorkerStatus, fleet: Vec<FleetShard>, history: &History) -> Vec<ShardRow> {
+fn rows(
+    application: &str,
+    worker: &WorkerStatus,
+    fleet: Vec<FleetShard>,
+    history: &History,
+) -> Vec<ShardRow> {
     let mut rows = BTreeMap::new();
     for FleetShard { stream, shard } in fleet {
         let row = ShardRow {
+            application: application.to_owned(),
             stream,
             shard: shard.shard.name().to_owned(),
             owner: shard.owner,
@@ -262,6 +284,7 @@ fn rows(worker: &WorkerStatus, fleet: Vec<FleetShard>, history: &History) -> Vec
     }
     for shard in &worker.shards {
         let row = rows.entry(shard.shard.clone()).or_insert_with(|| ShardRow {
+            application: application.to_owned(),
             stream: shard.stream.clone(),
             shard: shard.shard.name().to_owned(),
             owner: None,
@@ -280,13 +303,13 @@ fn rows(worker: &WorkerStatus, fleet: Vec<FleetShard>, history: &History) -> Vec
         row.checkpoint = Some(shard.checkpoint.clone());
         (row.error, row.error_at) = (shard.error.clone(), shard.error_at);
         row.error_is_over = shard.error_is_over;
-        row.here = Some(Here::new(shard, history));
+        row.here = Some(Here::new(application, shard, history));
     }
     rows.into_values().collect()
 }
 
 impl Here {
-    fn new(shard: &ShardStatus, history: &History) -> Self {
+    fn new(application: &str, shard: &ShardStatus, history: &History) -> Self {
         Self {
             lag_ms: shard.behind.map(millis),
             checkpoint_age_ms: millis(shard.checkpoint_age),
@@ -299,7 +322,7 @@ impl Here {
             handler_p99_ms: shard.handler.p99.as_secs_f64() * 1000.0,
             failed_attempts: shard.counts.failed_attempts,
             dead_letters: shard.counts.dead_letters,
-            history: history.of(&shard.shard.to_string()),
+            history: history.of(application, &shard.shard),
         }
     }
 }
@@ -343,16 +366,21 @@ mod tests {
             .collect()
     }
 
+    /// Of two applications that read the same shards; the second has not begun to run.
     fn page(fleet: Fleet) -> serde_json::Value {
+        let look =
+            |application: &str, status| WorkerLook { application: application.to_owned(), status };
         let page = Page::new(Parts {
             at: Timestamp::UNIX_EPOCH,
             command: "consume",
             title: "s, a".to_owned(),
             reasons: Vec::new(),
             resident_bytes: None,
-            worker: Some(status_of(1)),
+            workers: vec![
+                (look("rtr-green", Some(status_of(1))), Some(fleet)),
+                (look("rtr-blue", None), None),
+            ],
             producer: None,
-            fleet: Some(fleet),
             history: &History::default(),
             errors: Vec::new(),
         });
@@ -367,6 +395,7 @@ mod tests {
         assert_eq!(shards.len(), 2);
         assert_eq!((&shards[0]["owner"], &shards[0]["lag_ms"]), (&"w".into(), &1500.into()));
         assert_eq!(shards[0]["state"], "reading");
+        assert_eq!(shards[0]["application"], "rtr-green");
         assert_eq!((&shards[1]["owner"], shards[1].get("lag_ms")), (&"other".into(), None));
         assert_eq!(shards[1]["state"], "held");
     }
@@ -374,7 +403,7 @@ mod tests {
     #[test]
     fn a_table_that_cannot_be_read_leaves_what_is_known_here() {
         let page = page(Err("no table".to_owned()));
-        assert_eq!(page["fleet_error"], "no table");
+        assert_eq!(page["workers"][0]["fleet_error"], "no table");
         assert_eq!(page["shards"].as_array().map(Vec::len), Some(1));
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::WorkerLook;
 use crate::{
     produce::ProducerStats,
     worker::{ShardStatus, WorkerStatus},
@@ -14,6 +15,9 @@ use crate::{
 pub(super) struct Reason {
     /// A word to match on.
     pub reason: &'static str,
+    /// The application that it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub application: Option<String>,
     /// The shard that it is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shard: Option<String>,
@@ -21,12 +25,22 @@ pub(super) struct Reason {
     pub text: String,
 }
 
+/// Why the workers of a process are not all ready: nothing, if they are.
+pub(super) fn workers(looks: &[WorkerLook]) -> Vec<Reason> {
+    let of_one = |look: &WorkerLook| {
+        let application = Some(look.application.clone());
+        let reasons = worker(look.status.as_ref()).into_iter();
+        reasons.map(move |reason| Reason { application: application.clone(), ..reason })
+    };
+    looks.iter().flat_map(of_one).collect()
+}
+
 /// Why a worker is not ready: nothing, if it is.
 ///
 /// A worker without a lease is ready when it has looked for some for two lease durations: others hold them,
 /// and it stands by.
-pub(super) fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
-    let reason = |reason, text| Reason { reason, shard: None, text };
+fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
+    let reason = |reason, text| Reason { reason, application: None, shard: None, text };
     let Some(status) = status else {
         let text = "the stream, the lease table and what else is needed are looked up".to_owned();
         return vec![reason("starting", text)];
@@ -49,6 +63,12 @@ pub(super) fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
             );
             reasons.push(reason("leases-unknown", text));
         }
+        // It may have lost its leases by the same outage, and cannot stand by for those of others.
+        Some(_) if status.shards.is_empty() && status.look_error.is_some() => {
+            let text =
+                format!("the worker holds no lease, and its last look failed: {}", error(""));
+            reasons.push(reason("leases-unknown", text));
+        }
         Some(_) if status.shards.is_empty() && status.uptime < 2 * status.lease_duration => {
             reasons.push(reason("no-lease", "the worker holds no lease yet".to_owned()));
         }
@@ -61,7 +81,7 @@ pub(super) fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
 /// Why a producer is not ready: nothing, if what arrives is kept. Kinesis may be away, for that is what the
 /// spool is for, until it is full.
 pub(super) fn producer(stats: Option<&ProducerStats>) -> Vec<Reason> {
-    let reason = |reason, text| Reason { reason, shard: None, text };
+    let reason = |reason, text| Reason { reason, application: None, shard: None, text };
     let Some(stats) = stats else {
         return vec![reason("starting", "the spool is opened".to_owned())];
     };
@@ -94,7 +114,7 @@ fn of_shard(shard: &ShardStatus, status: &WorkerStatus) -> Option<Reason> {
     } else {
         return None;
     };
-    Some(Reason { reason, shard: Some(shard.shard.to_string()), text })
+    Some(Reason { reason, application: None, shard: Some(shard.shard.to_string()), text })
 }
 
 fn seconds(time: Duration) -> String {
@@ -124,6 +144,17 @@ mod tests {
     }
 
     #[test]
+    fn a_process_is_ready_when_each_of_its_workers_is() {
+        let look =
+            |application: &str, status| WorkerLook { application: application.to_owned(), status };
+        let looks = [look("rtr-green", Some(status_of(2))), look("rtr-blue", None)];
+        let reasons = workers(&looks);
+        let named: Vec<_> = reasons.iter().map(|r| (r.reason, r.application.as_deref())).collect();
+        assert_eq!(named, [("starting", Some("rtr-blue"))]);
+        assert_eq!(workers(&looks[..1]), []);
+    }
+
+    #[test]
     fn a_worker_that_reads_is_ready() {
         assert_eq!(worker(Some(&status_of(2))), []);
     }
@@ -149,9 +180,12 @@ mod tests {
         let reasons = worker(Some(&status));
         assert_eq!(reasons[0].reason, "leases-unknown");
         assert_eq!(reasons[0].text, "no look for leases worked for 11 s: connection refused");
-        // One that failed and works again within a lease duration is no reason.
+        // One that failed within a lease duration is no reason while shards are read.
         status.looked = Some(Duration::from_secs(9));
         assert_eq!(worker(Some(&status)), []);
+        // Nor does it stand by if it lost them in the same outage.
+        status.shards.clear();
+        assert_eq!(names(&status), ["leases-unknown"]);
     }
 
     #[test]

@@ -5,16 +5,20 @@
 //! that is told by the runtime, whatever the worker does.
 
 use std::{
+    pin::Pin,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use sd_notify::NotifyState;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-use super::readiness;
-use crate::worker::Observer;
+use super::{
+    ObservedWorker, WorkerLook,
+    readiness::{self, Reason},
+};
+use crate::produce::ProducerMonitor;
 
 /// How often it is looked at whether the process is ready.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -65,42 +69,78 @@ impl Told {
     }
 }
 
-/// Tells how a worker is doing, also before there is one, until the handle is dropped.
-pub(crate) fn tell_of_worker(
-    worker: Arc<OnceLock<Observer>>,
+/// Why a process is not ready, as it is found out.
+type Reasons = Pin<Box<dyn Future<Output = Vec<Reason>> + Send>>;
+
+/// Tells how workers are doing, also before they run, until the handle is dropped.
+pub(crate) fn tell_of_workers(
+    workers: Vec<ObservedWorker>,
     stop: CancellationToken,
 ) -> AbortOnDropHandle<()> {
-    let reason = move || {
-        let status = worker.get().map(Observer::status);
-        readiness::worker(status.as_ref()).into_iter().next().map(|reason| reason.text)
+    let reasons = move || -> Reasons {
+        let looks: Vec<WorkerLook> = workers.iter().map(ObservedWorker::look).collect();
+        Box::pin(async move { readiness::workers(&looks) })
     };
-    tell(reason, stop)
+    tell(reasons, stop)
 }
 
-/// Tells that the process is ready, until the handle is dropped.
-pub(crate) fn tell_ready(stop: CancellationToken) -> AbortOnDropHandle<()> {
-    tell(|| None, stop)
+/// Tells how a producer is doing, also before it runs, until the handle is dropped.
+pub(crate) fn tell_of_producer(
+    monitor: Arc<OnceLock<ProducerMonitor>>,
+    stop: CancellationToken,
+) -> AbortOnDropHandle<()> {
+    let reasons = move || -> Reasons {
+        let monitor = monitor.get().cloned();
+        Box::pin(async move {
+            let stats = match monitor {
+                Some(monitor) => monitor.stats().await.ok(),
+                None => None,
+            };
+            readiness::producer(stats.as_ref())
+        })
+    };
+    tell(reasons, stop)
+}
+
+/// The first reason, on a line. Of several applications it says which one it is about.
+fn first(reasons: Vec<Reason>) -> Option<String> {
+    let Reason { application, text, .. } = reasons.into_iter().next()?;
+    Some(match application {
+        Some(application) => format!("{application}: {text}"),
+        None => text,
+    })
 }
 
 fn tell(
-    reason: impl Fn() -> Option<String> + Send + 'static,
+    reasons: impl Fn() -> Reasons + Send + 'static,
     stop: CancellationToken,
 ) -> AbortOnDropHandle<()> {
     let watchdog = sd_notify::watchdog_enabled();
     let pause = watchdog.map_or(LOOK_INTERVAL, |limit| LOOK_INTERVAL.min(limit / 3));
+    let pause = pause.max(SHORTEST_PAUSE);
     AbortOnDropHandle::new(tokio::spawn(async move {
         if std::env::var_os("NOTIFY_SOCKET").is_none() {
             return;
         }
         let mut told = Told::default();
-        let mut ticks = interval(pause.max(SHORTEST_PAUSE));
+        let mut ticks = interval(pause);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = stop.cancelled(), if !told.stopping => {}
             }
-            for notice in told.next(reason(), stop.is_cancelled()) {
+            let reason = tokio::select! {
+                biased;
+                // At once: the process may end any moment.
+                () = stop.cancelled() => Some("stopping".to_owned()),
+                // Whatever does not answer, the process is alive.
+                reasons = timeout(pause, reasons()) => match reasons {
+                    Ok(reasons) => first(reasons),
+                    Err(_) => Some("how it is doing is not known: no answer to that".to_owned()),
+                },
+            };
+            for notice in told.next(reason, stop.is_cancelled()) {
                 send(match &notice {
                     Notice::Ready => NotifyState::Ready,
                     Notice::Stopping => NotifyState::Stopping,

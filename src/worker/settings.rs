@@ -197,7 +197,7 @@ impl WorkerBuilder<()> {
                 lease_duration: Duration::from_secs(10),
                 hand_over_limit: Duration::from_secs(30),
                 checkpoint_interval: Duration::from_secs(5),
-                prefetch_bytes: 8 * 1024 * 1024,
+                prefetch_bytes: 2 * 1024 * 1024,
                 shutdown_limit: Duration::from_secs(30),
                 stop_when_idle: None,
             },
@@ -405,8 +405,8 @@ impl<F> WorkerBuilder<F> {
         self
     }
 
-    /// How many bytes of records a shard may hold that wait for the handler; a read that is under way comes
-    /// on top, at most 10 MiB. Default: 8 MiB.
+    /// How many bytes of records a shard may hold that wait for the handler, beside the read in
+    /// hand. Default: 2 MiB, what a shard gives in a second.
     pub fn prefetch_bytes(mut self, limit: u32) -> Self {
         self.settings.prefetch_bytes = limit;
         self

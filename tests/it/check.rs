@@ -90,6 +90,18 @@ fn with_s3_letters(retrieval: &'static str) -> Vec<&'static str> {
     [&everything(retrieval)[..], &["--dead-letters", "s3://state/letters"]].concat()
 }
 
+/// Another command than `consume`, with what it can be told to use.
+fn of(command: &'static str) -> Vec<&'static str> {
+    let more: &[&str] = match command {
+        "status" | "lease" => {
+            &["--app", "rtr-green", "--checkpoint", "s3://state/green/{shard}.state"]
+        }
+        "redrive" => &["--dead-letters", "s3://state/letters"],
+        _ => &[],
+    };
+    [&["check", "--stream", STREAM, "--for", command, "--json"], more].concat()
+}
+
 /// How many rows, objects and records there are.
 fn contents(servers: &Servers) -> (i32, usize, usize) {
     let rows = servers.wait(servers.dynamodb().scan().table_name("rtr-green").send());
@@ -123,7 +135,12 @@ fn where_all_is_well_all_passes_every_permission_has_a_line_and_nothing_is_chang
         with_kinesis_letters("auto"),
         with_kinesis_letters("polling"),
         with_s3_letters("fan-out"),
-        vec!["check", "--stream", STREAM, "--for", "produce", "--json"],
+        of("produce"),
+        of("status"),
+        of("lease"),
+        of("redrive"),
+        of("replay"),
+        [&of("replay")[..], &["--retrieval", "polling"]].concat(),
     ] {
         let checked = check(servers.tramline(&args));
         assert!(checked.with("fail").is_empty(), "{args:?}: {:#?}", checked.checks);
@@ -137,9 +154,8 @@ fn where_all_is_well_all_passes_every_permission_has_a_line_and_nothing_is_chang
             assert!(makes.contains(&action), "{line:#}");
         }
     }
-    let commands = [permissions::Command::Consume, permissions::Command::Produce];
     let wanted: BTreeSet<String> =
-        commands.into_iter().flat_map(permissions::of).map(|row| row.action.to_owned()).collect();
+        permissions::PERMISSIONS.iter().map(|row| row.action.to_owned()).collect();
     assert_eq!(lines, wanted);
     assert_eq!(contents(&servers), before);
 }
@@ -149,23 +165,41 @@ fn each_permission_that_is_missing_is_named() {
     let servers = servers();
     let proxy = Proxy::start(&servers);
     let kinesis_letters = |row: &permissions::Permission| row.on == Resource::DeadLetterStream;
-    for row in permissions::of(permissions::Command::Consume)
-        .filter(|row| !matches!(row.when, When::Missing | When::Granted))
-        .chain(
-            permissions::of(permissions::Command::Produce).filter(|row| row.when == When::Always),
-        )
-    {
+    let is_needed = |row: &&permissions::Permission| {
+        !matches!(row.when, When::Missing | When::Granted | When::Asked | When::Several)
+    };
+    for row in permissions::PERMISSIONS.iter().filter(is_needed) {
         let operation = match row.action.split_once(':').expect("an action").1 {
             "ListBucket" => "ListObjectsV2",
             operation => operation,
         };
         let retrieval = if row.when == When::Polling { "polling" } else { "fan-out" };
         let args = match row.command {
-            permissions::Command::Produce => {
-                vec!["check", "--stream", STREAM, "--for", "produce", "--json"]
+            permissions::Command::Redrive if kinesis_letters(row) => {
+                vec![
+                    "check",
+                    "--stream",
+                    STREAM,
+                    "--for",
+                    "redrive",
+                    "--dead-letters",
+                    "kinesis://letters",
+                    "--json",
+                ]
             }
-            _ if kinesis_letters(row) => with_kinesis_letters(retrieval),
-            _ => with_s3_letters(retrieval),
+            permissions::Command::Consume if kinesis_letters(row) => {
+                with_kinesis_letters(retrieval)
+            }
+            permissions::Command::Consume => with_s3_letters(retrieval),
+            permissions::Command::Replay => {
+                [&of("replay")[..], &["--retrieval", retrieval]].concat()
+            }
+            command => of(match command {
+                permissions::Command::Status => "status",
+                permissions::Command::Lease => "lease",
+                permissions::Command::Redrive => "redrive",
+                _ => "produce",
+            }),
         };
         let code =
             if row.action.starts_with("s3:") { "AccessDenied" } else { "AccessDeniedException" };
@@ -184,6 +218,39 @@ fn each_permission_that_is_missing_is_named() {
             assert!(repair.contains(row.action), "{repair}");
         }
     }
+}
+
+#[test]
+fn each_output_with_a_position_of_its_own_has_its_table_and_consumer_looked_at() {
+    let servers = servers();
+    let config = servers.local.sdk_config();
+    servers.wait(LeaseTable::new(&config, "t-green").ensure()).expect("a table");
+    let outputs = ["--output", "green=stdout", "--output", "blue=exec:cat", "--lease-table", "t"];
+    let args = ["check", "--stream", STREAM, "--app", "rtr", "--json"];
+    let checked = check(servers.tramline(&[&args[..], &outputs].concat()));
+    assert!(checked.with("fail").is_empty(), "{:#?}", checked.checks);
+    let told = |check: &str| checked.of(check)["detail"].as_str().expect("a text").to_owned();
+    assert!(told("lease table t-green").starts_with("is there"));
+    assert!(told("lease table t-blue").contains("not there yet"));
+    for application in ["rtr-green", "rtr-blue"] {
+        checked.of(&format!("fan-out consumer {application} of {STREAM}"));
+    }
+    // Redrive has to be told where the letters are.
+    let checked =
+        check(servers.tramline(&["check", "--stream", STREAM, "--for", "redrive", "--json"]));
+    let repair = &checked.only_failure()["repair"];
+    assert!(repair.as_str().expect("a text").contains("--dead-letters"));
+}
+
+#[test]
+fn what_only_a_flag_needs_fails_nothing() {
+    let servers = servers();
+    let proxy = Proxy::start(&servers);
+    proxy.add(Rule::on("GetShardIterator", Fault::Refuse("AccessDeniedException")));
+    let checked = check(proxy.tramline(&servers, &of("status")));
+    let told = checked.with("not-tried");
+    let told = told[0]["detail"].as_str().expect("a text");
+    assert!(told.contains("only needed for `--lag`"), "{told}");
 }
 
 #[test]

@@ -542,8 +542,9 @@ fn what_cannot_work_is_told_at_the_start() {
     fails(&["--output", &place, "--acks", "--format", "raw"], "--format json");
     fails(&["--share"], "unix:// and tcp://");
     fails(&["--output", &place, "--output", "stdout"], "need a name each");
-    let two = ["--output", &format!("a={place}"), "--output", "b=stdout", "--lease-table", "t"];
-    fails(&two, "--lease-table is for one position");
+    let state = format!("file://{}", folder.path().join("state").display());
+    let two = ["--output", &format!("a={place}"), "--output", "b=stdout", "--checkpoint", &state];
+    fails(&two, "run a process for each output");
     let listening = UnixListener::bind(&path).expect("a socket");
     fails(&["--output", &place], "another process does");
     drop(listening);

@@ -51,10 +51,15 @@ fn reasons(address: SocketAddr) -> Vec<String> {
 
 /// The value of a metric, added up over its labels.
 fn metric(address: SocketAddr, name: &str) -> Option<f64> {
+    metric_of(address, name, "")
+}
+
+/// The same of those samples whose labels have this text.
+fn metric_of(address: SocketAddr, name: &str, label: &str) -> Option<f64> {
     let (code, text) = get(address, "/metrics");
     assert_eq!(code, 200);
     assert!(text.ends_with("# EOF\n"), "{text}");
-    let of_name = |line: &&str| line.split(['{', ' ']).next() == Some(name);
+    let of_name = |line: &&str| line.split(['{', ' ']).next() == Some(name) && line.contains(label);
     let values = text.lines().filter(of_name).map(|line| {
         let value = line.rsplit(' ').next().unwrap_or_default();
         value.parse::<f64>().expect("a number")
@@ -112,9 +117,49 @@ fn what_was_read_and_handled_is_counted_and_shown() {
     assert_eq!(metric(address, "tramline_lease_moves_total"), Some(2.0));
     assert!(metric(address, "tramline_handler_calls_total") >= Some(2.0));
     let page: Value = serde_json::from_str(&get(address, "/status.json").1).expect("JSON");
-    assert_eq!(page["worker"]["messages"], 20);
+    assert_eq!(page["workers"][0]["messages"], 20);
     assert_eq!(page["shards"].as_array().map(Vec::len), Some(2));
     assert!(get(address, "/").1.contains("<main>"));
+    running.stop().succeeded();
+}
+
+#[test]
+fn one_address_tells_of_every_output_and_is_ready_when_all_are() {
+    let servers = Servers::with_stream(STREAM, 1);
+    let proxy = Proxy::start(&servers);
+    let blue_is_away = proxy.add(
+        Rule::on("Scan", Fault::Throttle).when(|request| request["TableName"] == "rtr-tables-blue"),
+    );
+    let outputs = ["--output", "green=stdout", "--output", "blue=exec:cat >/dev/null"];
+    let more = [&outputs[..], &["--lease-table", "rtr-tables"]].concat();
+    let running = consumer(proxy.tramline(&servers, &["consume"]), &more);
+    let address = address(&running);
+    servers.put_lines(STREAM, "key", &lines(0, 7));
+    running.wait_for_lines(7);
+    wait_for("green to be ready", || {
+        let (code, body) = get(address, "/readyz");
+        let answer: Value = serde_json::from_str(&body).expect("JSON");
+        let reasons = answer["reasons"].as_array().expect("reasons");
+        let blue = reasons.iter().all(|reason| reason["application"] == "rtr-blue");
+        (code == 503 && !reasons.is_empty() && blue).then_some(())
+    });
+    blue_is_away.lift();
+    wait_for("both to be ready", || reasons(address).is_empty().then_some(()));
+    for application in ["rtr-green", "rtr-blue"] {
+        let label = format!("application=\"{application}\"");
+        wait_for(format!("the messages of {application}"), || {
+            let messages = metric_of(address, "tramline_shard_messages_total", &label);
+            (messages == Some(7.0)).then_some(())
+        });
+    }
+    let page: Value = serde_json::from_str(&get(address, "/status.json").1).expect("JSON");
+    let of = |list: &str| -> Vec<String> {
+        let names = page[list].as_array().expect("a list").iter();
+        names.map(|row| row["application"].as_str().expect("a name").to_owned()).collect()
+    };
+    assert_eq!(of("workers"), ["rtr-green", "rtr-blue"]);
+    assert_eq!(of("shards"), ["rtr-green", "rtr-blue"]);
+    assert!(page["title"].as_str().is_some_and(|title| title.contains("rtr-green, rtr-blue")));
     running.stop().succeeded();
 }
 

@@ -13,7 +13,7 @@ use std::{
 
 use tramline::lease::{LeaseStore as _, dynamodb::LeaseTable};
 
-use crate::support::{Running, Servers, lines, run, tramline, wait_for};
+use crate::support::{Running, Servers, lines, listening, run, tramline, wait_for};
 
 const STREAM: &str = "ctd-ocs-raw-messages";
 const CONSUME: [&str; 5] = ["consume", "--stream", STREAM, "--app", "signals"];
@@ -90,6 +90,34 @@ fn systemd_is_told_when_a_producer_listens() {
     systemd.wait_for("WATCHDOG=1");
     running.stop().succeeded();
     systemd.wait_for("STOPPING=1");
+}
+
+#[test]
+fn p8_systemd_is_told_that_the_spool_takes_nothing() {
+    let servers = Servers::with_stream(STREAM, 1);
+    let systemd = Systemd::start();
+    let spool = tempfile::tempdir().expect("a folder");
+    // Kinesis is away, and no file may get larger than some MiB.
+    let mut limited = systemd.watches(Command::new("sh"));
+    limited
+        .args(["-c", "trap '' XFSZ; ulimit -f 16384; exec \"$@\"", "sh"])
+        .arg(env!("CARGO_BIN_EXE_tramline"))
+        .args(["produce", "--listen", "127.0.0.1:0", "--stream", STREAM, "--spool"])
+        .arg(spool.path())
+        .envs(servers.local.environment())
+        .env("AWS_ENDPOINT_URL_KINESIS", "http://127.0.0.1:1");
+    let (running, address) = listening(limited);
+    systemd.wait_for("READY=1");
+    thread::spawn(move || {
+        let mut socket = TcpStream::connect(address).expect("a connection");
+        let message = format!("1,TMOV,12:00:00,{}\x04", "x".repeat(10_000));
+        // Until the producer does not read any more.
+        while socket.write_all(message.as_bytes()).is_ok() {}
+    });
+    let told = || systemd.sent().contains("STATUS=the spool takes nothing since").then_some(());
+    wait_for("the state of the spool", told);
+    assert_eq!(systemd.sent().matches("READY=1").count(), 1);
+    drop(running);
 }
 
 /// A worker that cannot stop cleanly: nobody reads its output.
