@@ -158,11 +158,11 @@ fn long_lines(count: usize) -> Vec<String> {
     (0..count).map(|n| format!("{n},TSCH,{}", "x".repeat(2000))).collect()
 }
 
-/// A producer none of whose files may become longer than 8 MiB: 16384 blocks of 512 bytes.
+/// A producer none of whose files may become longer than 32 MiB: 65536 blocks of 512 bytes.
 fn with_a_small_disk(url: &str, servers: &Servers, spool: &Path) -> Command {
     let mut limited = Command::new("sh");
     limited
-        .args(["-c", "trap '' XFSZ; ulimit -f 16384; exec \"$0\" \"$@\""])
+        .args(["-c", "trap '' XFSZ; ulimit -f 65536; exec \"$0\" \"$@\""])
         .arg(env!("CARGO_BIN_EXE_tramline"))
         .args(["produce", "--listen", "127.0.0.1:0", "--stream", STREAM])
         .args(["--partition-key", "connection", "--shard-rate", "1GiB", "--spool"])
@@ -182,7 +182,7 @@ fn p8_a_full_disk_stops_the_reading_and_loses_nothing_that_was_spooled() {
     let mut socket = TcpStream::connect(&address).expect("a connection");
     let key = format!("{{{address} -> {}}}", socket.local_addr().expect("an address"));
     socket.set_write_timeout(Some(Duration::from_secs(1))).expect("an option");
-    let sent = long_lines(20_000);
+    let sent = long_lines(40_000);
     let stuck =
         sent.iter().find_map(|line| socket.write_all(&[line.as_bytes(), &[4]].concat()).err());
     assert!(stuck.is_some(), "the producer stops reading");
