@@ -63,6 +63,7 @@ struct Cli {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 struct Global {
     /// Read settings from this TOML or (if its name ends in .json) JSON file
     #[arg(long, global = true, value_name = "FILE")]
