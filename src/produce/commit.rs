@@ -271,23 +271,21 @@ impl Committer {
         if group.is_empty() {
             return Ok(());
         }
-        // What is added may take the last room only if nothing is left to be removed.
-        if group.adds() && self.waiting > 0 {
-            self.store.hold_reserve()?;
-        }
         if let Store::Memory(_) = &*self.store {
             return self.store.commit(group);
         }
         let (store, shared) = (self.store.clone(), Arc::new(std::mem::take(group)));
         let lent = shared.clone();
-        let committing = tokio::task::spawn_blocking(move || store.commit(&lent)).await;
+        // What is added may take the last room only if nothing is left to be removed.
+        let reserve_first = lent.adds() && self.waiting > 0;
+        let committing = tokio::task::spawn_blocking(move || {
+            let reserved = if reserve_first { store.hold_reserve() } else { Ok(()) };
+            reserved.and_then(|()| store.commit(&lent)).inspect_err(|_| store.release_reserve())
+        });
+        let committed = committing.await;
         *group = Arc::unwrap_or_clone(shared);
-        match committing {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => {
-                self.store.release_reserve();
-                Err(error)
-            }
+        match committed {
+            Ok(result) => result,
             Err(error) => Err(SpoolError::Failed { reason: error.to_string() }),
         }
     }
