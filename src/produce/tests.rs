@@ -361,7 +361,7 @@ fn p7_only_the_last_record_of_a_lane_may_come_again_after_a_crash() {
 fn p8_a_disk_that_an_outage_has_filled_empties_itself_when_kinesis_is_back() {
     let stream = Faulty::new(1, 0);
     let device = Device::default();
-    device.set_capacity_bytes(16 * 1024 * 1024);
+    device.set_capacity_bytes(10 * 1024 * 1024);
     let sent: Vec<String> = (0..10_000).map(|n| format!("{n},TSCH,{}", "x".repeat(2000))).collect();
     let settings = ProducerSettings {
         shard_rate: ShardRate::of_bytes(1 << 30),
