@@ -49,6 +49,8 @@ pub struct HeldLease<S> {
     lost: CancellationToken,
     /// Set when it was lost because its row was deleted.
     gone: AtomicBool,
+    /// Set when it was lost because no write of it was answered in time.
+    ran_out: AtomicBool,
     asked: CancellationToken,
     /// How far behind the stream's tip the last read was, and when that was.
     behind: Mutex<Option<(Duration, Instant)>>,
@@ -81,6 +83,7 @@ impl<S: LeaseStore> HeldLease<S> {
             let_go: AtomicBool::new(false),
             letting_go: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            ran_out: AtomicBool::new(false),
             behind: Mutex::new(None),
             note: Mutex::new(None),
             noted_at: taken_at.into(),
@@ -125,6 +128,18 @@ impl<S: LeaseStore> HeldLease<S> {
     /// Whether it was lost because its row was deleted: then nobody else knows how far the shard is.
     pub fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
+    }
+
+    /// If it was lost because no write of it was answered in time: the counter of the last one that was. A
+    /// row that still has it is nobody else's. To be asked when nothing reads the shard any more.
+    pub(super) fn ran_out_at(&self) -> Option<u64> {
+        let lease = self.lease.try_lock().ok().filter(|_| self.ran_out.load(Ordering::Acquire))?;
+        Some(lease.counter)
+    }
+
+    fn run_out(&self) {
+        self.ran_out.store(true, Ordering::Release);
+        self.lost.cancel();
     }
 
     /// Completes when another worker has asked for the lease: finish the batch and let go.
@@ -246,7 +261,7 @@ impl<S: LeaseStore> HeldLease<S> {
                 }
                 Err(error @ (LeaseError::Table { .. } | LeaseError::NoTable { .. })) => {
                     tracing::warn!("{error}; the lease may be another worker's by now");
-                    self.lost.cancel();
+                    self.run_out();
                     let shard = self.lease.lock().await.shard.clone();
                     return Err(LeaseError::Lost { shard, owner: None });
                 }
@@ -272,7 +287,7 @@ impl<S: LeaseStore> HeldLease<S> {
                         "lease not renewed in time: delivery of the shard stops, because another worker \
                          may start; check that DynamoDB can be reached"
                     );
-                    self.lost.cancel();
+                    self.run_out();
                     return;
                 }
                 plan::Renewal::Due if self.letting_go.load(Ordering::Acquire) => {

@@ -108,6 +108,8 @@ pub struct LeaseLoop<S> {
     overruled: BTreeSet<ShardId>,
     /// Leases that were given up, and until when they are left to others.
     given_up: BTreeMap<ShardId, Instant>,
+    /// Leases that ran out because the table could not be reached, and the counters that they were left with.
+    ran_out: BTreeMap<ShardId, u64>,
     /// Shards that are not taken again.
     left: BTreeSet<ShardId>,
     refuses: bool,
@@ -130,6 +132,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             asked: BTreeMap::new(),
             overruled: BTreeSet::new(),
             given_up: BTreeMap::new(),
+            ran_out: BTreeMap::new(),
             left: BTreeSet::new(),
             refuses: false,
             looks_unread: 0,
@@ -158,7 +161,10 @@ impl<S: LeaseStore> LeaseLoop<S> {
 
     /// Takes note that a shard is not read here any more: it was lost, handed over, released or ended.
     pub fn done(&mut self, shard: &ShardId) {
-        self.held.remove(shard);
+        let held = self.held.remove(shard);
+        if let Some(counter) = held.and_then(|held| held.ran_out_at()) {
+            self.ran_out.insert(shard.clone(), counter);
+        }
     }
 
     /// The same of a shard that this worker did not get on with: others are to take it.
@@ -345,6 +351,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
             held: &held,
             asked: &self.asked,
             adopt: self.looked_at.is_none(),
+            ran_out: &self.ran_out,
             max_leases: self.settings.max_leases,
             refuses: self.refuses,
             given_up: &self.given_up,
@@ -359,6 +366,7 @@ impl<S: LeaseStore> LeaseLoop<S> {
     fn hold(&mut self, lease: Lease, taken_at: Instant, usable_from: Instant) -> Arc<HeldLease<S>> {
         let shard = lease.shard.clone();
         self.asked.remove(&shard);
+        self.ran_out.remove(&shard);
         let Settings { lease_duration, seed, .. } = self.settings;
         let store = self.store.clone();
         let held = HeldLease::new(store, lease, taken_at, usable_from, lease_duration, seed);
@@ -487,6 +495,29 @@ mod tests {
         assert!(worker.held.contains_key(&shard), "it is taken by the same look");
         worker.look(None).await.expect("a look");
         assert_eq!(worker.looks_unread, 0, "and so it is not told");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn p6_a_lease_that_ran_out_is_taken_again_at_once_unless_somebody_wrote_it() {
+        for written in [false, true] {
+            let (table, mut lease) = asked().await;
+            let mut worker = LeaseLoop::new(table.clone(), settings("asker"));
+            worker.look(None).await.expect("a look");
+            let release = Change::Release { checkpoint: None };
+            table.update(&mut lease, &release).await.expect("released");
+            let taken = worker.look(None).await.expect("a look").taken;
+            let [held] = &taken[..] else { panic!("it is taken") };
+            let mut lease = held.lease().await;
+            // Too late for a renewal, and too early to take the lease from somebody else.
+            tokio::time::sleep(Duration::from_millis(9_500)).await;
+            held.clone().keep().await;
+            worker.done(&lease.shard);
+            if written {
+                table.update(&mut lease, &Change::Renew).await.expect("by our name");
+            }
+            let taken = worker.look(None).await.expect("a look").taken;
+            assert_eq!(taken.len(), usize::from(!written));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -120,6 +120,9 @@ pub struct Planner<'a> {
     /// Whether rows that name this worker, but that it does not hold, are its own from before a
     /// restart. Only true for its first look at the table.
     pub adopt: bool,
+    /// Leases that it lost because its writes were not answered in time, and the counters that it left
+    /// them with: nobody has written a row that still says so.
+    pub ran_out: &'a BTreeMap<ShardId, u64>,
     /// The most leases it may hold.
     pub max_leases: usize,
     /// Whether it takes no more than it has, because it is behind or short of something.
@@ -237,6 +240,7 @@ fn own_row(lease: &Lease, observed: &Observations, planner: &Planner<'_>, now: I
         }
         // Handed over to us, or ours from before a restart.
         None if owned && (planner.adopt || planner.asked.contains_key(&lease.shard)) => Own::Take,
+        None if owned && planner.ran_out.get(&lease.shard) == Some(&lease.counter) => Own::Take,
         _ => Own::NotOurs,
     }
 }
@@ -620,6 +624,7 @@ mod tests {
                 held: &self.held,
                 asked: &self.asked,
                 adopt: self.adopt,
+                ran_out: &BTreeMap::new(),
                 max_leases: self.max_leases,
                 refuses: self.refuses,
                 given_up: &self.given_up,

@@ -37,8 +37,8 @@ pub(super) fn workers(looks: &[WorkerLook]) -> Vec<Reason> {
 
 /// Why a worker is not ready: nothing, if it is.
 ///
-/// A worker without a lease is ready when it has looked for some for two lease durations: others hold them,
-/// and it stands by.
+/// A worker without a lease is ready when it has looked for some for two lease durations, since it started
+/// or lost those that it had: others hold them, and it stands by.
 fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
     let reason = |reason, text| Reason { reason, application: None, shard: None, text };
     let Some(status) = status else {
@@ -69,8 +69,14 @@ fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
                 format!("the worker holds no lease, and its last look failed: {}", error(""));
             reasons.push(reason("leases-unknown", text));
         }
-        Some(_) if status.shards.is_empty() && status.uptime < 2 * status.lease_duration => {
-            reasons.push(reason("no-lease", "the worker holds no lease yet".to_owned()));
+        Some(_) if status.shards.is_empty() => {
+            let recent = |since: Duration| since < 2 * status.lease_duration;
+            if recent(status.uptime) {
+                reasons.push(reason("no-lease", "the worker holds no lease yet".to_owned()));
+            } else if status.last_lost.is_some_and(recent) {
+                let text = "the worker lost its leases and has none again yet";
+                reasons.push(reason("no-lease", text.to_owned()));
+            }
         }
         Some(_) => {}
     }
@@ -169,6 +175,19 @@ mod tests {
         status.uptime = Duration::from_secs(19);
         assert_eq!(names(&status), ["no-lease"]);
         status.uptime = Duration::from_secs(20);
+        assert_eq!(worker(Some(&status)), []);
+    }
+
+    #[test]
+    fn a_worker_that_lost_its_leases_is_not_ready_before_it_has_some_or_stands_by() {
+        let mut status = status_of(0);
+        status.last_lost = Some(Duration::from_secs(19));
+        assert_eq!(names(&status), ["no-lease"]);
+        status.last_lost = Some(Duration::from_secs(20));
+        assert_eq!(worker(Some(&status)), []);
+        // Others are read.
+        let mut status = status_of(1);
+        status.last_lost = Some(Duration::ZERO);
         assert_eq!(worker(Some(&status)), []);
     }
 

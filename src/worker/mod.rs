@@ -19,7 +19,10 @@ use std::{
     any::Any,
     collections::BTreeMap,
     pin::pin,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -593,16 +596,18 @@ where
                 },
             }),
         };
-        let moves = &self.worker.observed.moves;
-        let gone = match outcome {
-            Outcome::Ended => &moves.finished,
-            Outcome::Lost => &moves.lost,
-            Outcome::HandedOver => &moves.handed_over,
-            Outcome::Stopped | Outcome::GivenUp | Outcome::WindowEnd | Outcome::Failed(_) => {
-                &moves.released
-            }
+        let observed = &self.worker.observed;
+        let count = |moves: &AtomicU64| {
+            moves.fetch_add(1, Ordering::Relaxed);
         };
-        gone.fetch_add(1, Ordering::Relaxed);
+        match outcome {
+            Outcome::Ended => count(&observed.moves.finished),
+            Outcome::Lost => observed.note_lost(),
+            Outcome::HandedOver => count(&observed.moves.handed_over),
+            Outcome::Stopped | Outcome::GivenUp | Outcome::WindowEnd | Outcome::Failed(_) => {
+                count(&observed.moves.released);
+            }
+        }
         match outcome {
             Outcome::GivenUp => self.leases.give_up(&shard.id),
             Outcome::WindowEnd => self.leases.leave(&shard.id),
@@ -626,7 +631,7 @@ where
     fn dropped(&mut self, shard: RunningShard<S>) -> bool {
         let RunningShard { id, held, activity, meter, watched, .. } = shard;
         if !held.is_valid() || self.stop.is_cancelled() {
-            self.worker.observed.moves.lost.fetch_add(1, Ordering::Relaxed);
+            self.worker.observed.note_lost();
             self.leases.done(&id);
             return true;
         }

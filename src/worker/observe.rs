@@ -60,6 +60,8 @@ pub struct WorkerStatus {
     pub counts: Report,
     /// How leases came and went.
     pub leases: LeaseMoves,
+    /// How long ago it last lost a lease; `None` if it never did.
+    pub last_lost: Option<Duration>,
     /// How long ago it last looked for leases with success; `None` before it has.
     pub looked: Option<Duration>,
     /// Why its last look for leases failed, if it did.
@@ -188,6 +190,7 @@ pub(super) struct Observed {
     pub moves: MoveCounts,
     /// When it was told to run.
     started: Mutex<Option<Instant>>,
+    lost_at: Mutex<Option<Instant>>,
     /// When the last record was read or handled.
     active_at: Mutex<Instant>,
     looks: Mutex<Looks>,
@@ -210,6 +213,7 @@ impl Observed {
             counts: Counts::default(),
             moves: MoveCounts::default(),
             started: Mutex::new(None),
+            lost_at: Mutex::new(None),
             active_at: Instant::now().into(),
             looks: Mutex::default(),
             shards: Mutex::default(),
@@ -233,6 +237,11 @@ impl Observed {
 
     pub(super) fn note_stop(&self) {
         lock(&self.looks).stopping = true;
+    }
+
+    pub(super) fn note_lost(&self) {
+        self.moves.lost.fetch_add(1, Ordering::Relaxed);
+        *lock(&self.lost_at) = Some(Instant::now());
     }
 
     pub(super) fn note_activity(&self) {
@@ -297,6 +306,7 @@ impl Observed {
                 released: read(&self.moves.released),
                 finished: read(&self.moves.finished),
             },
+            last_lost: since(*lock(&self.lost_at)),
             looked: since(looks.succeeded_at),
             look_error: looks.error.clone(),
             stopping: looks.stopping,
@@ -440,6 +450,7 @@ pub(crate) fn status_of(shards: usize) -> WorkerStatus {
         uptime: Duration::from_secs(3600),
         counts: Report::default(),
         leases: LeaseMoves { taken: shards as u64, ..LeaseMoves::default() },
+        last_lost: None,
         looked: Some(Duration::from_secs(1)),
         look_error: None,
         stopping: false,
