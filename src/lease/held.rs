@@ -130,11 +130,11 @@ impl<S: LeaseStore> HeldLease<S> {
         self.gone.load(Ordering::Acquire)
     }
 
-    /// If it was lost because no write of it was answered in time: the counter of the last one that was. A
-    /// row that still has it is nobody else's. To be asked when nothing reads the shard any more.
-    pub(super) fn ran_out_at(&self) -> Option<u64> {
+    /// If it was lost because no write of it was answered in time: the counter that it was taken with. To
+    /// be asked when nothing reads the shard any more.
+    pub(super) fn ran_out_from(&self) -> Option<u64> {
         let lease = self.lease.try_lock().ok().filter(|_| self.ran_out.load(Ordering::Acquire))?;
-        Some(lease.counter)
+        lease.current_note().map(|note| note.from_counter)
     }
 
     fn run_out(&self) {

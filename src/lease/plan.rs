@@ -120,8 +120,8 @@ pub struct Planner<'a> {
     /// Whether rows that name this worker, but that it does not hold, are its own from before a
     /// restart. Only true for its first look at the table.
     pub adopt: bool,
-    /// Leases that it lost because its writes were not answered in time, and the counters that it left
-    /// them with: nobody has written a row that still says so.
+    /// Leases that it lost because its writes were not answered in time, and the counters that it took them
+    /// with. A row that still notes that one was not taken by anybody since.
     pub ran_out: &'a BTreeMap<ShardId, u64>,
     /// The most leases it may hold.
     pub max_leases: usize,
@@ -240,9 +240,14 @@ fn own_row(lease: &Lease, observed: &Observations, planner: &Planner<'_>, now: I
         }
         // Handed over to us, or ours from before a restart.
         None if owned && (planner.adopt || planner.asked.contains_key(&lease.shard)) => Own::Take,
-        None if owned && planner.ran_out.get(&lease.shard) == Some(&lease.counter) => Own::Take,
+        None if owned && ran_out(lease, planner) => Own::Take,
         _ => Own::NotOurs,
     }
+}
+
+fn ran_out(lease: &Lease, planner: &Planner<'_>) -> bool {
+    let noted = lease.current_note().map(|note| note.from_counter);
+    noted.is_some() && noted.as_ref() == planner.ran_out.get(&lease.shard)
 }
 
 /// Divides the startable leases: what is free, and what others have too much of.
