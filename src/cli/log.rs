@@ -4,7 +4,7 @@ use std::{io::IsTerminal as _, time::Duration};
 
 use tokio::time::MissedTickBehavior;
 use tokio_util::task::AbortOnDropHandle;
-use tracing_appender::non_blocking::WorkerGuard;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     Layer as _, Registry,
     filter::{LevelFilter, Targets},
@@ -18,6 +18,8 @@ use crate::telemetry::{Recent, RecentLayer, RepeatFilter};
 
 /// How often it is told what was left out.
 const TELL_INTERVAL: Duration = Duration::from_secs(10);
+/// So many lines wait for a reader of stderr. The room for them is taken at the start.
+const BUFFERED_LINES: usize = 4096;
 
 /// The log; cloning it gives the same.
 #[derive(Clone)]
@@ -31,7 +33,9 @@ impl Log {
     /// lines, and nothing else. The guard writes what is left when it is dropped.
     pub(super) fn start(global: &Global, recent: Recent) -> (Self, WorkerGuard) {
         let (filter, handle) = reload::Layer::new(filter(global));
-        let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
+        let (writer, guard) = NonBlockingBuilder::default()
+            .buffered_lines_limit(BUFFERED_LINES)
+            .finish(std::io::stderr());
         let repeats = RepeatFilter::default();
         let registry = tracing_subscriber::registry().with(filter).with(RecentLayer(recent));
         match global.log_format {

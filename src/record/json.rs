@@ -91,10 +91,12 @@ pub(super) fn kind_of(event: &str) -> Option<Cow<'_, str>> {
 }
 
 pub(super) fn trim(text: &str) -> &str {
-    text.trim_matches(WHITE_SPACE)
+    text.trim_matches(is_white_space)
 }
 
-const WHITE_SPACE: [char; 4] = [' ', '\t', '\n', '\r'];
+fn is_white_space(c: char) -> bool {
+    matches!(c, ' ' | '\t' | '\n' | '\r')
+}
 
 /// Walks through the elements of an array, and parses each where it stands: in one pass, unless one is
 /// not a `T`. Gives the array's length, or why `text` is not an array in JSON.
@@ -107,7 +109,7 @@ pub(super) fn for_each<'a, T: Deserialize<'a>>(
         Err(format!("not JSON: {what} at byte {} of the array", text.len() - rest.len()))
     };
     let after = |rest: &'a str, sign| {
-        rest.strip_prefix(sign).map(|rest| rest.trim_start_matches(WHITE_SPACE))
+        rest.strip_prefix(sign).map(|rest| rest.trim_start_matches(is_white_space))
     };
     let Some(mut rest) = after(text, '[') else { return not_json(text, "no array") };
     let mut count = 0;
@@ -128,7 +130,7 @@ pub(super) fn for_each<'a, T: Deserialize<'a>>(
         let (json, behind) = rest.split_at(length);
         element(json, parsed);
         count += 1;
-        rest = behind.trim_start_matches(WHITE_SPACE);
+        rest = behind.trim_start_matches(is_white_space);
         if let Some(next) = after(rest, ',') {
             rest = next;
         } else if let Some(end) = after(rest, ']') {

@@ -179,17 +179,21 @@ impl Read {
     /// them at once. Only the last one ends the shard.
     fn pieces(self, size_bytes: usize) -> Vec<Self> {
         let Self { records, behind, end } = self;
-        let mut pieces = vec![Self { behind, ..Self::default() }];
-        let mut bytes = 0;
-        for record in records {
-            if bytes >= size_bytes {
-                pieces.push(Self { behind, ..Self::default() });
-                bytes = 0;
-            }
-            bytes += record.data.len();
-            if let Some(piece) = pieces.last_mut() {
-                piece.records.push(record);
-            }
+        let mut records = records.into_iter();
+        let mut pieces: Vec<Self> = Vec::new();
+        while pieces.is_empty() || !records.as_slice().is_empty() {
+            let mut bytes = 0;
+            let fitting = records.as_slice().iter().take_while(|record| {
+                let fits = bytes < size_bytes;
+                bytes += record.data.len();
+                fits
+            });
+            let length = fitting.count();
+            pieces.push(Self {
+                records: records.by_ref().take(length).collect(),
+                behind,
+                end: None,
+            });
         }
         if let Some(last) = pieces.last_mut() {
             last.end = end;

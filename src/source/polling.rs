@@ -15,8 +15,8 @@ use crate::{
 const RECORDS_PER_READ: usize = 10_000;
 /// How many the first call asks for, which does not know how large they are.
 const RECORDS_AT_FIRST: usize = 1000;
-/// How much a call is to give: five a second, and a shard allows two MiB. More would only take memory.
-const READ_BYTES: usize = 1024 * 1024;
+/// How much a call is to give: what a shard allows in a second. With more, memory grows; with less, calls.
+const READ_BYTES: usize = 2 * 1024 * 1024;
 /// A shard allows five reads a second ...
 const READ_INTERVAL: Duration = Duration::from_millis(200);
 /// ... and two MiB a second: after a larger read, the next one is refused until its bytes are paid off.
@@ -159,10 +159,10 @@ mod tests {
     }
 
     #[test]
-    fn a_read_asks_for_as_many_records_as_make_a_mebibyte() {
+    fn a_read_asks_for_as_many_records_as_a_shard_gives_in_a_second() {
         assert_eq!(limit(&read(0, None)), None, "nothing is known");
         assert_eq!(limit(&read(1, None)), Some(RECORDS_PER_READ));
-        assert_eq!(limit(&read(1024, None)), Some(1024));
+        assert_eq!(limit(&read(1024, None)), Some(2048));
         assert_eq!(limit(&read(10 * 1024 * 1024, None)), Some(1));
     }
 }

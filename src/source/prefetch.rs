@@ -19,7 +19,7 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 const READ_OVERHEAD_BYTES: usize = 1024;
 const RECORD_OVERHEAD_BYTES: usize = 256;
 /// How much is handed on at a time. A read may have 10 MiB, and what is made of it takes as much again.
-const PIECE_BYTES: usize = 512 * 1024;
+const PIECE_BYTES: usize = 1024 * 1024;
 /// The most records of a backlog that are given at once: as many as one read of Kinesis may have.
 const BACKLOG_RECORDS: usize = 10_000;
 

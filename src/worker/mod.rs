@@ -62,7 +62,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How often the stream is asked for new shards; besides, it is asked whenever a shard ends.
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
 /// How often a worker looks whether there is nothing left to do.
-const STATE_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+const STATE_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 /// How often shards are looked at that may not get on: a quarter of the limit, within these.
 const WATCH_AT_MOST_EVERY: Duration = Duration::from_millis(50);
 const WATCH_AT_LEAST_EVERY: Duration = Duration::from_secs(5);

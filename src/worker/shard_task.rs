@@ -1,6 +1,6 @@
 //! One shard, from taking its lease to letting go of it.
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Ordering, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -520,18 +520,20 @@ impl<S: LeaseStore> ShardTask<S> {
         let now = Timestamp::now();
         self.held.set_behind(behind(read, now));
         let window_end = self.settings.until.filter(|until| cut_off(read, *until, now));
-        let (mut messages, mut letters) = (Vec::new(), Vec::new());
+        let mut messages = Vec::with_capacity(read.records.len());
+        let mut letters = Vec::new();
         let (mut records, mut bytes) = (0, 0);
         let mut read_to = None;
         for record in read.records.drain(..) {
             let (number, arrived_at) = (record.sequence_number.clone(), record.arrived_at);
             // Reading starts at the checkpoint. An aggregate may be finished in part.
             let checkpoint = match &progress.stored {
-                Some(finished) if number < finished.sequence_number => continue,
-                Some(finished) if number == finished.sequence_number => {
-                    Some(finished.sub_sequence_number)
-                }
-                _ => None,
+                Some(finished) => match number.cmp(&finished.sequence_number) {
+                    Ordering::Less => continue,
+                    Ordering::Equal => Some(finished.sub_sequence_number),
+                    Ordering::Greater => None,
+                },
+                None => None,
             };
             bytes += record.data.len() as u64;
             let mut undecodable = Vec::new();
