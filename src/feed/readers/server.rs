@@ -195,14 +195,15 @@ pub(super) async fn greet(
     output: &mut Output,
 ) -> Result<(String, Lines<Input>), String> {
     let mut lines = Lines::new(input);
+    let failed = |error: std::io::Error| format!("no first line came from it: {error}");
     let greeting = async {
         let hello = protocol::hello(WINDOW);
-        output.write_all(hello.as_bytes()).await.map_err(|error| error.to_string())?;
-        output.flush().await.map_err(|error| error.to_string())?;
+        output.write_all(hello.as_bytes()).await.map_err(failed)?;
+        output.flush().await.map_err(failed)?;
         match lines.next().await {
             Ok(Some(line)) => protocol::reader_name(&line),
             Ok(None) => Err("it closed the connection before its first line".to_owned()),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(failed(error)),
         }
     };
     let name = timeout(HELLO_LIMIT, greeting).await;
