@@ -32,7 +32,7 @@ const LEFT_LYING_AFTER: Duration = Duration::from_secs(3);
 const UNREAD_AFTER: Duration = Duration::from_secs(10);
 
 /// How often a worker looks at the table when no other worker is in it.
-const ALONE_INTERVAL: Duration = Duration::from_secs(10);
+pub(crate) const LONE_LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the two workers that watch the table for all look at it, and the others at its bell.
 const WATCH_INTERVAL: Duration = Duration::from_millis(800);
 /// So many rows are read at the price of one or two, for DynamoDB charges by 4 KiB and a row has some 400
@@ -462,7 +462,7 @@ pub fn watch(
     let watchers = watchers(snapshot);
     match (bell_row(snapshot), watchers.as_slice()) {
         _ if waits => Watch::Table(WAITING_INTERVAL),
-        (_, [only]) if *only == planner.worker => Watch::Table(ALONE_INTERVAL),
+        (_, [only]) if *only == planner.worker => Watch::Table(LONE_LOOK_INTERVAL),
         (Some(row), [_, _])
             if snapshot.len() > SMALL_TABLE && !watchers.contains(&planner.worker) =>
         {
@@ -922,7 +922,7 @@ mod tests {
         let table = Watch::Table(WATCH_INTERVAL);
         let others = ["c", "d", "e", "f", "g", "h", "i", "j"];
         let with_others = |owners: &[&'static str]| [owners, &others].concat();
-        assert_eq!(watches(&["me", "me"]), Watch::Table(ALONE_INTERVAL));
+        assert_eq!(watches(&["me", "me"]), Watch::Table(LONE_LOOK_INTERVAL));
         assert_eq!(watches(&with_others(&["me", "a"])), table);
         assert_eq!(watches(&with_others(&["a", "a", "me", "b"])), table);
         let bell = Watch::Bell("0".into(), WATCH_INTERVAL);

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::WorkerLook;
 use crate::{
+    lease::plan::LONE_LOOK_INTERVAL,
     produce::ProducerStats,
     worker::{ShardStatus, WorkerStatus},
 };
@@ -55,7 +56,7 @@ fn worker(status: Option<&WorkerStatus>) -> Vec<Reason> {
             let text = error("the worker has not looked for leases yet");
             reasons.push(reason("starting", text));
         }
-        Some(ago) if ago > status.lease_duration => {
+        Some(ago) if ago > LONE_LOOK_INTERVAL + status.lease_duration => {
             let text = format!(
                 "no look for leases worked for {}: {}",
                 seconds(ago),
@@ -194,14 +195,19 @@ mod tests {
     #[test]
     fn a_worker_that_cannot_look_for_leases_says_why() {
         let mut status = status_of(1);
-        status.looked = Some(Duration::from_secs(11));
+        status.looked = Some(Duration::from_secs(21));
         status.look_error = Some("connection refused".to_owned());
         let reasons = worker(Some(&status));
         assert_eq!(reasons[0].reason, "leases-unknown");
-        assert_eq!(reasons[0].text, "no look for leases worked for 11 s: connection refused");
-        // One that failed within a lease duration is no reason while shards are read.
-        status.looked = Some(Duration::from_secs(9));
-        assert_eq!(worker(Some(&status)), []);
+        assert_eq!(reasons[0].text, "no look for leases worked for 21 s: connection refused");
+        // A lone worker looks every 10 s, however short a lease is; and one look that failed is no reason
+        // while shards are read.
+        status.lease_duration = Duration::from_secs(3);
+        for error in [None, Some("was throttled".to_owned())] {
+            status.looked = Some(Duration::from_secs(12));
+            status.look_error = error;
+            assert_eq!(worker(Some(&status)), []);
+        }
         // Nor does it stand by if it lost them in the same outage.
         status.shards.clear();
         assert_eq!(names(&status), ["leases-unknown"]);

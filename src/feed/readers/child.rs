@@ -116,7 +116,7 @@ async fn serve(child: &mut Child, hub: &Arc<Hub>, encoding: Encoding) {
         }
     };
     // There is no other.
-    let Ok(mut joined) = hub.join(&name) else { return };
+    let Ok(mut joined) = hub.join(&name).await else { return };
     let end = serve_joined(child, &mut joined, &mut hearing, &mut output, encoding).await;
     session::end(end, joined, &mut output).await;
 }

@@ -138,24 +138,28 @@ impl<T> Dispatch<T> {
     /// A reader has come. Gives those of its name whose place it takes, too. Readers without a name are
     /// strangers to each other, but where there is one.
     pub(super) fn join(&mut self, name: &str) -> Result<(ReaderId, Vec<ReaderId>), Occupied> {
-        let of_name = |reader: &Reader| match self.spread {
-            Spread::Every => false,
-            Spread::One => reader.name == name,
-            Spread::Shared => reader.name == name && !name.is_empty(),
-        };
         if self.spread == Spread::One
-            && let Some(other) = self.readers.values().find(|reader| !of_name(reader))
+            && let Some(other) = self.readers.values().find(|reader| reader.name != name)
         {
             return Err(Occupied(other.name.clone()));
         }
-        let displaced = self.readers.iter().filter(|(_, reader)| of_name(reader));
-        let displaced: Vec<ReaderId> = displaced.map(|(id, _)| *id).collect();
+        let displaced = self.displaced_by(name);
         for id in &displaced {
             self.leave(*id);
         }
         let id = ReaderId(self.id());
         self.readers.insert(id, Reader { name: name.to_owned(), ..Reader::default() });
         Ok((id, displaced))
+    }
+
+    /// The readers whose place one of this name takes.
+    pub(super) fn displaced_by(&self, name: &str) -> Vec<ReaderId> {
+        let of_name = |reader: &Reader| match self.spread {
+            Spread::Every => false,
+            Spread::One => reader.name == name,
+            Spread::Shared => reader.name == name && !name.is_empty(),
+        };
+        self.readers.iter().filter(|(_, reader)| of_name(reader)).map(|(id, _)| *id).collect()
     }
 
     /// A reader has gone. What it has not finished waits for the next one, before what came later. Gives

@@ -5,9 +5,10 @@ use std::{
     convert::Infallible,
     hash::{Hash as _, Hasher as _},
     sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::dispatch::{Dispatch, NotSent, Occupied, ReaderId, Source, Spread, Unfinished};
@@ -25,6 +26,8 @@ const ROOM_MESSAGES: usize = 4000;
 const ROOM_BYTES: usize = 4 * 1024 * 1024;
 /// What a message takes beside its text, about.
 const MESSAGE_BYTES: usize = 512;
+/// How long a reader may take to leave when another connection takes its place.
+const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 /// How much is given to a connection at a time.
 const CHUNK_BYTES: usize = 64 * 1024;
 
@@ -66,8 +69,15 @@ impl Hub {
         FeedHandler { hub: self.clone(), source, stop }
     }
 
-    /// A reader has come.
-    pub(super) fn join(self: &Arc<Self>, name: &str) -> Result<Joined, Occupied> {
+    /// A reader has come. Where it takes the place of one of its name, what that has said is heard first.
+    pub(super) async fn join(self: &Arc<Self>, name: &str) -> Result<Joined, Occupied> {
+        let mut changed = self.changed.subscribe();
+        let others_leave = async {
+            while self.displace(name) {
+                let _ = changed.changed().await;
+            }
+        };
+        let _ = timeout(LEAVE_LIMIT, others_leave).await;
         let token = CancellationToken::new();
         let mut state = self.lock();
         let (id, displaced) = state.dispatch.join(name)?;
@@ -80,6 +90,14 @@ impl Hub {
         drop(state);
         self.changed.send_replace(());
         Ok(Joined { hub: self.clone(), id, displaced: token, changed: self.changed.subscribe() })
+    }
+
+    /// Tells the readers whose place one of this name takes to leave. `false` if there are none.
+    fn displace(&self, name: &str) -> bool {
+        let state = self.lock();
+        let displaced = state.dispatch.displaced_by(name);
+        displaced.iter().filter_map(|id| state.displaced.get(id)).for_each(|token| token.cancel());
+        !displaced.is_empty()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -227,8 +245,6 @@ impl Drop for Joined {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::handler::testing::batch;
 
@@ -248,7 +264,7 @@ mod tests {
         let Ok(()) = handler.handle(&batch(&[("a", "1"), ("a", "2")])).await;
         stop.cancel();
         handler.stopping(StopReason::Shutdown).await;
-        let mut joined = hub.join("").expect("a place");
+        let mut joined = hub.join("").await.expect("a place");
         assert_eq!(lines(&mut joined), (None, String::new()));
     }
 
@@ -257,7 +273,7 @@ mod tests {
         let hub = Hub::new(Spread::One, true);
         let mut handler = hub.handler(CancellationToken::new());
         let many: Vec<(&str, &str)> = vec![("a", "1"); ROOM_MESSAGES];
-        let (mut joined, all) = (hub.join("").expect("a place"), batch(&many));
+        let (mut joined, all) = (hub.join("").await.expect("a place"), batch(&many));
         {
             let mut handling = std::pin::pin!(handler.handle(&all));
             let a_while = Duration::from_secs(3600);

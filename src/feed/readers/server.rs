@@ -168,7 +168,7 @@ async fn welcome(input: Input, mut output: Output, doors: Arc<Doors>, encoding: 
             Err(why) => return refused(&mut output, &why).await,
         },
     };
-    let mut joined = match hub.join(&name) {
+    let mut joined = match hub.join(&name).await {
         Ok(joined) => joined,
         Err(there) => {
             let there = there.0;

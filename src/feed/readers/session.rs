@@ -2,6 +2,7 @@
 
 use std::{fmt, time::Duration};
 
+use futures_util::FutureExt as _;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     time::{Instant, sleep_until, timeout},
@@ -167,7 +168,15 @@ pub(super) async fn serve(
         };
         tokio::select! {
             biased;
-            () = displaced.cancelled() => return End::Displaced,
+            () = displaced.cancelled() => {
+                // Its last words may wait in the socket: they came before the connection that displaced it.
+                while let Some(Ok(serial)) = hearing.acknowledgement().now_or_never() {
+                    if joined.finish(serial).is_err() {
+                        break;
+                    }
+                }
+                return End::Displaced;
+            }
             heard = hearing.acknowledgement() => match heard.map(|serial| joined.finish(serial)) {
                 Ok(Ok(())) => progress.made(),
                 Ok(Err(NotSent(last))) => {
@@ -219,4 +228,43 @@ pub(super) async fn refuse(output: &mut Output, why: &str) {
     let _ = timeout(LAST_WORD_LIMIT, output.write_all(line.as_bytes())).await;
     let _ = timeout(LAST_WORD_LIMIT, output.shutdown()).await;
     tokio::time::sleep(LAST_WORD_LIMIT).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncBufReadExt as _, BufReader, duplex, split};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{
+        feed::readers::{dispatch::Spread, hub::Hub},
+        handler::{Handler as _, testing::batch},
+    };
+
+    #[tokio::test]
+    async fn p1_what_a_reader_said_last_counts_although_it_has_connected_again() {
+        let hub = Hub::new(Spread::One, true);
+        let mut handler = hub.handler(CancellationToken::new());
+        let Ok(()) = handler.handle(&batch(&[("a", "1"), ("a", "2")])).await;
+        let mut old = hub.join("green").await.expect("a place");
+        let (ours, theirs) = duplex(64 * 1024);
+        let (input, output) = split(ours);
+        let mut hearing = Hearing::Acks(Lines::new(Box::new(input)));
+        let mut output: Output = Box::new(output);
+        let serving = tokio::spawn(async move {
+            let end = serve(&mut old, &mut hearing, &mut output, Encoding::Numbered).await;
+            end.to_string()
+        });
+        let mut reader = BufReader::new(theirs);
+        for _ in 0..2 {
+            reader.read_line(&mut String::new()).await.expect("a message");
+        }
+        reader.write_all(b"{\"ack\":1}\n").await.expect("taken");
+        // The old connection has not heard it yet.
+        let mut new = hub.join("green").await.expect("a place");
+        assert!(serving.await.expect("no panic").contains("connected again"));
+        let mut given = Vec::new();
+        new.fill(&mut given, |_, message, given| given.extend(message.raw_bytes().iter()));
+        assert_eq!(given, b"2");
+    }
 }

@@ -42,7 +42,7 @@ async fn keep_connected(address: String, hub: Arc<Hub>) {
                 told_at = None;
                 let connected_at = Instant::now();
                 // There is no other.
-                let Ok(mut joined) = hub.join("") else { return };
+                let Ok(mut joined) = hub.join("").await else { return };
                 tracing::info!("connected");
                 let mut hearing = Hearing::End(input);
                 let end =
