@@ -169,9 +169,9 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// How many threads run the tasks of a command, unless that is as many as the machine has processors, or as
-/// `TOKIO_WORKER_THREADS` says. One takes in half a million messages a second, and each costs memory: the
-/// allocator keeps for a thread what that has freed.
+/// How many threads run the tasks of a command; `None` leaves it to tokio: as many as `TOKIO_WORKER_THREADS`
+/// says, or as the machine has processors. For `consume` that is too many: one takes in half a million
+/// messages a second, and the allocator keeps for each what it has freed (docs/figures.md).
 fn threads(command: &Command) -> Option<usize> {
     let consumes = matches!(command, Command::Consume(_));
     let processors = std::thread::available_parallelism().map_or(1, NonZero::get);

@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn p6_a_lease_that_ran_out_is_taken_again_at_once_unless_somebody_took_it() {
+    async fn p4_a_lease_that_ran_out_is_taken_again_at_once_unless_somebody_took_it() {
         let take = Change::Take { worker: "asker".into(), at: Timestamp::UNIX_EPOCH };
         // A renewal of ours may have landed unheard; another process may run under our name.
         for (written, again) in [(None, 1), (Some(Change::Renew), 1), (Some(take), 0)] {

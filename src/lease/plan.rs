@@ -245,9 +245,10 @@ fn own_row(lease: &Lease, observed: &Observations, planner: &Planner<'_>, now: I
     }
 }
 
+/// Whether a lease is as this worker left it when it ran out, but for what it wrote without hearing of it.
 fn ran_out(lease: &Lease, planner: &Planner<'_>) -> bool {
-    let noted = lease.current_note().map(|note| note.from_counter);
-    noted.is_some() && noted.as_ref() == planner.ran_out.get(&lease.shard)
+    let taken_from = planner.ran_out.get(&lease.shard);
+    lease.current_note().is_some_and(|note| taken_from == Some(&note.from_counter))
 }
 
 /// Divides the startable leases: what is free, and what others have too much of.

@@ -19,10 +19,7 @@ use std::{
     any::Any,
     collections::BTreeMap,
     pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -596,17 +593,18 @@ where
                 },
             }),
         };
-        let observed = &self.worker.observed;
-        let count = |moves: &AtomicU64| {
-            moves.fetch_add(1, Ordering::Relaxed);
-        };
-        match outcome {
-            Outcome::Ended => count(&observed.moves.finished),
-            Outcome::Lost => observed.note_lost(),
-            Outcome::HandedOver => count(&observed.moves.handed_over),
+        let moves = &self.worker.observed.moves;
+        let gone = match outcome {
+            Outcome::Ended => &moves.finished,
+            Outcome::Lost => &moves.lost,
+            Outcome::HandedOver => &moves.handed_over,
             Outcome::Stopped | Outcome::GivenUp | Outcome::WindowEnd | Outcome::Failed(_) => {
-                count(&observed.moves.released);
+                &moves.released
             }
+        };
+        gone.fetch_add(1, Ordering::Relaxed);
+        if let Outcome::Lost = outcome {
+            self.worker.observed.note_loss();
         }
         match outcome {
             Outcome::GivenUp => self.leases.give_up(&shard.id),
@@ -631,7 +629,8 @@ where
     fn dropped(&mut self, shard: RunningShard<S>) -> bool {
         let RunningShard { id, held, activity, meter, watched, .. } = shard;
         if !held.is_valid() || self.stop.is_cancelled() {
-            self.worker.observed.note_lost();
+            self.worker.observed.moves.lost.fetch_add(1, Ordering::Relaxed);
+            self.worker.observed.note_loss();
             self.leases.done(&id);
             return true;
         }

@@ -239,8 +239,7 @@ impl Observed {
         lock(&self.looks).stopping = true;
     }
 
-    pub(super) fn note_lost(&self) {
-        self.moves.lost.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn note_loss(&self) {
         *lock(&self.lost_at) = Some(Instant::now());
     }
 
