@@ -15,6 +15,7 @@ use aws_smithy_runtime_api::client::{orchestrator::HttpResponse, result::SdkErro
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use aws_smithy_types::{event_stream::RawMessage, timeout::TimeoutConfig};
 use aws_types::{SdkConfig, service_config::ServiceConfigKey};
+use jiff::{SignedDuration, Timestamp, fmt::rfc2822::DateTimeParser};
 use tokio::time::Instant;
 
 /// An AWS call that did not succeed.
@@ -35,6 +36,8 @@ pub enum AwsErrorKind {
     Denied,
     /// There are no credentials, or AWS does not accept them.
     Credentials,
+    /// AWS refuses the signature because the clock of this machine is wrong.
+    Clock,
     /// The stream, shard, consumer, table, bucket or object does not exist.
     NotFound,
     /// It exists already, or is busy.
@@ -96,6 +99,11 @@ impl fmt::Display for AwsError {
                 f,
                 "{operation} has no usable AWS credentials: {said}; set AWS_PROFILE or \
                  AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or attach a role"
+            ),
+            AwsErrorKind::Clock => write!(
+                f,
+                "{operation} was refused because the clock of this machine is wrong: {said}; set it by \
+                 NTP (timedatectl set-ntp true)"
             ),
             AwsErrorKind::Unreachable => write!(f, "{operation} got no answer: {said}"),
             AwsErrorKind::UnknownOperation => write!(
@@ -186,8 +194,12 @@ where
         _ => return unanswered(operation, &error),
     };
     let status = service.raw().status();
+    let mut said = said(service.err(), &format!("HTTP status {status}"));
     let kind = match service.err().code() {
         Some(code) => match kind_of(code) {
+            AwsErrorKind::Credentials if is_about_time(service.err().message()) => {
+                AwsErrorKind::Clock
+            }
             AwsErrorKind::Refused if status.is_server_error() => AwsErrorKind::Server,
             // The same code stands for a rate and, when consumers are registered, for their number.
             AwsErrorKind::Quota if operation != "kinesis:RegisterStreamConsumer" => {
@@ -197,7 +209,34 @@ where
         },
         None => AwsErrorKind::Server,
     };
-    AwsError { operation, kind, said: said(service.err(), &format!("HTTP status {status}")) }
+    if kind == AwsErrorKind::Clock
+        && let Some(skew) = clock_skew(service.raw(), Timestamp::now())
+    {
+        said = format!("{said}; it is {}", skew_text(skew));
+    }
+    AwsError { operation, kind, said }
+}
+
+/// Whether a refused signature was refused for its time (AWS documentation, "Signature Version 4
+/// troubleshooting").
+fn is_about_time(message: Option<&str>) -> bool {
+    let about_time = ["Signature expired", "Signature not yet current"];
+    about_time.iter().any(|words| message.is_some_and(|message| message.contains(words)))
+}
+
+/// How far `now` is ahead of the `Date` of an answer, if it has one.
+pub(crate) fn clock_skew(answer: &HttpResponse, now: Timestamp) -> Option<SignedDuration> {
+    let theirs = DateTimeParser::new().parse_timestamp(answer.headers().get("date")?).ok()?;
+    Some(now.duration_since(theirs))
+}
+
+/// A clock's skew in words.
+pub(crate) fn skew_text(skew: SignedDuration) -> String {
+    match skew.as_secs() {
+        -1..=1 => "the same as that of AWS, to a second".to_owned(),
+        ahead @ 2.. => format!("{ahead} s ahead of that of AWS"),
+        behind => format!("{} s behind that of AWS", behind.unsigned_abs()),
+    }
 }
 
 /// Reads the error of one record of a call that otherwise succeeded.
@@ -281,6 +320,7 @@ fn kind_of(code: &str) -> AwsErrorKind {
         | "SignatureDoesNotMatch"
         | "ExpiredToken"
         | "ExpiredTokenException" => AwsErrorKind::Credentials,
+        "RequestTimeTooSkewed" | "RequestExpired" | "RequestInTheFuture" => AwsErrorKind::Clock,
         "ResourceNotFoundException" | "NoSuchBucket" | "NoSuchKey" => AwsErrorKind::NotFound,
         "ResourceInUseException" | "OperationAborted" => AwsErrorKind::InUse,
         "LimitExceededException" => AwsErrorKind::Quota,
@@ -368,15 +408,15 @@ pub(crate) fn s3_config(config: &SdkConfig) -> aws_sdk_s3::config::Builder {
 }
 
 /// A time as the SDK writes it.
-pub(crate) fn sdk_time(at: jiff::Timestamp) -> aws_smithy_types::DateTime {
+pub(crate) fn sdk_time(at: Timestamp) -> aws_smithy_types::DateTime {
     let nanos = at.as_nanosecond();
     let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
     aws_smithy_types::DateTime::from_secs_and_nanos(seconds as i64, nanos as u32)
 }
 
 /// A time as the SDK read it; `None` outside the years that exist.
-pub(crate) fn time_from_sdk(at: &aws_smithy_types::DateTime) -> Option<jiff::Timestamp> {
-    jiff::Timestamp::new(at.secs(), at.subsec_nanos() as i32).ok()
+pub(crate) fn time_from_sdk(at: &aws_smithy_types::DateTime) -> Option<Timestamp> {
+    Timestamp::new(at.secs(), at.subsec_nanos() as i32).ok()
 }
 
 #[cfg(test)]
@@ -398,8 +438,54 @@ mod tests {
     #[test]
     fn times_survive_the_way_to_the_sdk_and_back() {
         for text in ["2025-03-09T07:00:00.123456789Z", "1969-12-31T23:59:59.5Z"] {
-            let at: jiff::Timestamp = text.parse().expect("a time");
+            let at: Timestamp = text.parse().expect("a time");
             assert_eq!(time_from_sdk(&sdk_time(at)), Some(at));
         }
+    }
+
+    #[test]
+    fn a_signature_refused_for_its_time_is_a_wrong_clock_by_how_much_the_answer_says() {
+        use aws_sdk_kinesis::operation::list_streams::ListStreamsError;
+        use aws_smithy_types::{body::SdkBody, error::ErrorMetadata};
+
+        let refused = |code: &str, message: &str, date: Option<&str>| {
+            let mut answer = HttpResponse::new(400.try_into().expect("a status"), SdkBody::empty());
+            if let Some(date) = date {
+                answer.headers_mut().insert("date", date.to_owned());
+            }
+            let error = ErrorMetadata::builder().code(code).message(message).build();
+            let error = SdkError::service_error(ListStreamsError::generic(error), answer);
+            failure("kinesis:ListStreams", error)
+        };
+        let expired = "Signature expired: 20250702T150000Z is now earlier than 20250702T150500Z";
+        let error = refused("InvalidSignatureException", expired, None);
+        assert_eq!(error.kind(), AwsErrorKind::Clock);
+        let future = "02 Jul 2999 15:00:00 GMT";
+        let text = refused("SignatureDoesNotMatch", "Signature not yet current: x", Some(future));
+        let text = text.to_string();
+        assert!(text.contains("the clock of this machine is wrong"), "{text}");
+        assert!(text.contains("s behind that of AWS") && text.contains("NTP"), "{text}");
+        assert_eq!(refused("RequestTimeTooSkewed", "", None).kind(), AwsErrorKind::Clock);
+        let wrong_key = "The request signature we calculated does not match";
+        let error = refused("InvalidSignatureException", wrong_key, Some(future));
+        assert_eq!(error.kind(), AwsErrorKind::Credentials);
+    }
+
+    #[test]
+    fn the_date_of_an_answer_gives_the_skew_of_the_clock() {
+        let at = |text: &str| text.parse().expect("a time");
+        let skew = |date: &'static str, now: &str| {
+            let status = 200.try_into().expect("a status");
+            let mut answer = HttpResponse::new(status, aws_smithy_types::body::SdkBody::empty());
+            answer.headers_mut().insert("date", date);
+            clock_skew(&answer, at(now))
+        };
+        let date = "Wed, 02 Jul 2025 15:00:00 GMT";
+        let ahead = skew(date, "2025-07-02T15:10:00Z").expect("a date");
+        assert_eq!(skew_text(ahead), "600 s ahead of that of AWS");
+        assert_eq!(skew_text(-ahead), "600 s behind that of AWS");
+        let right = skew(date, "2025-07-02T15:00:00.9Z").expect("a date");
+        assert_eq!(skew_text(right), "the same as that of AWS, to a second");
+        assert_eq!(skew("yesterday", "2025-07-02T15:00:00Z"), None);
     }
 }

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::{
     Checkpoints, DeadLetters, Retrieval,
-    aws::{AwsError, AwsErrorKind},
+    aws::{AwsError, AwsErrorKind, skew_text},
     handler::{Destination, is_stream_name},
     permissions::{self, Command, Permission, Resource, When},
 };
@@ -111,11 +111,13 @@ struct Report {
     lines: Vec<Line>,
     /// The services that answered, and those that are not asked again, with the reason.
     services: BTreeMap<&'static str, Option<String>>,
+    /// A call that AWS refused because of the clock of this machine.
+    refused_for_clock: Option<AwsError>,
 }
 
 impl Report {
     fn new(command: Command) -> Self {
-        Self { command, lines: Vec::new(), services: BTreeMap::new() }
+        Self { command, lines: Vec::new(), services: BTreeMap::new(), refused_for_clock: None }
     }
 
     fn line(&mut self, outcome: Outcome, check: impl Into<String>, detail: impl Into<String>) {
@@ -313,6 +315,7 @@ impl Report {
             Err(Trouble::Aws(error)) => match error.kind() {
                 AwsErrorKind::Unreachable => Some(Outage::Endpoint),
                 AwsErrorKind::Credentials => Some(Outage::Credentials),
+                AwsErrorKind::Clock => Some(Outage::Clock),
                 _ => None,
             },
             _ => None,
@@ -331,9 +334,12 @@ impl Report {
                 Some(format!("{service} does not answer"))
             }
             (Some(Outage::Credentials), Err(Trouble::Aws(error))) => {
-                let repair = "correct the credentials; if they are right, look at the clock below";
-                self.failed("credentials", error.to_string(), repair);
+                self.failed("credentials", error.to_string(), "correct the credentials");
                 Some(format!("{service} does not accept the credentials"))
+            }
+            (Some(Outage::Clock), Err(Trouble::Aws(error))) => {
+                self.refused_for_clock = Some(error.clone());
+                Some(format!("{service} refuses calls because of the clock"))
             }
             _ => {
                 self.line(Outcome::Pass, check, "answers");
@@ -345,17 +351,16 @@ impl Report {
 
     fn clock(&mut self, clock: &clock::Clock) {
         const CHECK: &str = "clock";
-        match clock.skew() {
-            None => {
-                self.line(Outcome::NotTried, CHECK, "no answer told the time");
+        let repair = "set it by NTP (timedatectl set-ntp true); AWS refuses calls from 5 minutes on, \
+                      and `latest` and `service-day` go by it";
+        match (clock.skew(), self.refused_for_clock.take()) {
+            (Some(skew), _) if clock::is_wrong(skew) => {
+                let detail = format!("the clock of this machine is {}", skew_text(skew));
+                self.failed(CHECK, detail, repair);
             }
-            Some(skew) if clock::is_wrong(skew) => self.failed(
-                CHECK,
-                format!("this host's clock is {}", clock::told(skew)),
-                "set it by NTP (timedatectl set-ntp true); AWS refuses calls from 5 minutes on, and \
-                 `latest` and `service-day` go by it",
-            ),
-            Some(skew) => self.line(Outcome::Pass, CHECK, clock::told(skew)),
+            (_, Some(error)) => self.failed(CHECK, error.said(), repair),
+            (Some(skew), None) => self.line(Outcome::Pass, CHECK, skew_text(skew)),
+            (None, None) => self.line(Outcome::NotTried, CHECK, "no answer has a Date"),
         }
     }
 
@@ -398,6 +403,7 @@ impl Report {
 enum Outage {
     Endpoint,
     Credentials,
+    Clock,
 }
 
 fn is_name(name: &str, least: usize, most: usize) -> bool {

@@ -198,11 +198,13 @@ impl OcsListener {
 /// Completes if AWS says clearly that there is no such stream. An outage is no such answer, and neither are
 /// credentials that have expired: what OCS sends is received all the same, and put when it works.
 async fn refused(stream: &Stream) -> SourceError {
-    use crate::aws::AwsErrorKind::{Credentials, Denied};
+    use crate::aws::AwsErrorKind::{Clock, Credentials, Denied};
     match stream.until_active_stream().await {
         Ok(_) => tracing::info!(stream = stream.name(), "the stream is active"),
         Err(error @ SourceError::NoStream { .. }) => return error,
-        Err(SourceError::Stream { source, stream }) if source.kind() == Credentials => {
+        Err(SourceError::Stream { source, stream })
+            if matches!(source.kind(), Credentials | Clock) =>
+        {
             tracing::error!(
                 "{}; messages are received and wait until it works",
                 SourceError::Stream { source, stream }

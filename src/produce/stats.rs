@@ -90,6 +90,8 @@ pub enum RetryReason {
     Server,
     /// The credentials are missing, expired or not enough.
     Credentials,
+    /// The clock of this machine is wrong.
+    Clock,
     /// Kinesis refused it otherwise.
     Refused,
     /// It could not be read from the spool.
@@ -104,6 +106,7 @@ impl RetryReason {
             Self::Unreachable => "unreachable",
             Self::Server => "server",
             Self::Credentials => "credentials",
+            Self::Clock => "clock",
             Self::Refused => "refused",
             Self::Spool => "spool",
         }
@@ -115,6 +118,7 @@ impl RetryReason {
             AwsErrorKind::Unreachable => Self::Unreachable,
             AwsErrorKind::Server => Self::Server,
             AwsErrorKind::Credentials | AwsErrorKind::Denied => Self::Credentials,
+            AwsErrorKind::Clock => Self::Clock,
             _ => Self::Refused,
         }
     }

@@ -337,6 +337,15 @@ fn a_clock_that_is_wrong_is_told() {
 }
 
 #[test]
+fn calls_refused_because_of_the_clock_fail_the_clock_and_not_the_credentials() {
+    let servers = servers();
+    let proxy = Proxy::start(&servers);
+    proxy.add(Rule::on("*", Fault::Refuse("RequestExpired")));
+    let checked = check(proxy.tramline(&servers, &CONSUME));
+    assert_eq!(checked.only_failure()["check"], "clock");
+}
+
+#[test]
 fn no_region_no_credentials_wrong_credentials_and_no_answer_are_told_once_each() {
     let servers = servers();
     let mut command = servers.tramline(&CONSUME);
